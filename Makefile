@@ -1,0 +1,62 @@
+# make export   the tiny model, from raw text to an evaluated release
+# make help     everything else
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= config/config.yaml
+PROFILE ?= local
+MODEL ?= artifacts/export/nano/model
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export VIRTUAL_ENV := $(abspath $(VENV))
+export DVC_NO_ANALYTICS := 1
+READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
+SNAKEMAKE := snakemake --profile $(PROFILE) --configfile $(CONFIG)
+
+.PHONY: help env export plan dag chat report check test unit engine workflow docs lock clean
+
+help: ## show this
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(READY) ## create the environment from its lock
+
+$(READY): envs/transformers.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing $$(grep -c == $<) packages into $(VENV); this takes a few minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(DEV): envs/dev.lock $(READY)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/megatron.lock
+	@touch $@
+
+export: $(READY) ## build the model: tokenize … export, eval, report
+	@$(SNAKEMAKE) export
+
+plan: $(READY) ## each node: what will happen and why
+	@python -m scripts.lib.plan --config $(CONFIG)
+
+dag: $(READY) ## draw the graph of nodes: dag.svg, dag.png
+	@python -m scripts.lib.plan --config $(CONFIG) --draw dag.svg --draw dag.png
+
+chat: $(READY) ## talk to the exported model: make chat MODEL=...
+	@python -m scripts.chat $(MODEL)
+
+check: $(DEV) ## format, lint, types, unit tests: under a minute
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+	snakemake --lint
+	mypy
+	pytest -q tests/unit
+
+test: check ## everything: also the trainers and the real chain
+	pytest -q tests/engine tests/workflow
+
+docs: $(DEV) ## write what is generated: the README's config reference, dvc.yaml
+	@python -m scripts.lib.docs README.md
+	@python -m scripts.lib.plan --config $(CONFIG) > /dev/null

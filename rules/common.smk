@@ -1,0 +1,17 @@
+"""Accessors for the rules: one call each into scripts.lib.workflow."""
+
+import sys
+
+sys.path.insert(0, workflow.basedir)
+
+from scripts.lib.workflow import Workflow
+
+PIPELINE = Workflow.at_start(workflow)
+
+nodes = PIPELINE.nodes
+every = PIPELINE.every
+before = PIPELINE.before
+manifest = PIPELINE.manifest
+place = PIPELINE.place
+start = PIPELINE.start
+finish = PIPELINE.finish

@@ -1,0 +1,35 @@
+"""Export to Hugging Face, and the target that builds it all."""
+
+for node in nodes("export"):
+
+    checkpoint:
+        """Publish a checkpoint as a Hugging Face folder, checked for parity."""
+        name:
+            f"export/{node}"
+        input:
+            before("export", node),
+        output:
+            report(
+                manifest("export", node),
+                caption="../rules/captions/export.rst",
+                category="Results",
+            ),
+        log:
+            f"logs/export/{node}.log",
+        conda:
+            "../envs/transformers.yaml"
+        threads: place("export", node, "cpus")
+        resources:
+            mem_mb=int(1000 * place("export", node, "memory_gb")),
+            runtime=place("export", node, "minutes"),
+            gpu=place("export", node, "gpus"),
+        params:
+            node=node,
+        shell:
+            "python -m scripts.lib.run export {params.node}"
+
+
+rule export:
+    """Build every export, its scores and the report."""
+    input:
+        every("export", "eval", "report"),

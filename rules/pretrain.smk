@@ -1,0 +1,31 @@
+"""Pretraining."""
+
+for node in nodes("pretrain"):
+
+    checkpoint:
+        """Train a model from its definition on a blend of tokens."""
+        name:
+            f"pretrain/{node}"
+        input:
+            before("pretrain", node),
+        output:
+            manifest("pretrain", node),
+        log:
+            f"logs/pretrain/{node}.log",
+        conda:
+            "../envs/transformers.yaml"
+        threads: place("pretrain", node, "cpus")
+        resources:
+            mem_mb=int(1000 * place("pretrain", node, "memory_gb")),
+            runtime=place("pretrain", node, "minutes"),
+            gpu=place("pretrain", node, "gpus"),
+        params:
+            node=node,
+        shell:
+            "python -m scripts.lib.run pretrain {params.node}"
+
+
+rule pretrain:
+    """Build every `pretrain:` node."""
+    input:
+        every("pretrain"),

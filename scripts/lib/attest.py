@@ -1,0 +1,97 @@
+"""What a finished stage's files must be before they are published."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from scripts.lib.digest import files_in
+from scripts.lib.errors import AttestError
+
+FLOATS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
+
+
+def attest(stage: str, recipe: dict[str, Any], out: Path, parent: Path | None) -> None:
+    """Check the content a stage wrote to `out`; `parent` is the model it came from.
+
+    Raises AttestError naming the file: nothing written, an empty or truncated file,
+    weights that are not finite, a step that was not reached, a model that training
+    left as it was.
+    """
+    names = files_in(out)
+    if not names:
+        raise AttestError(str(out), "the stage wrote nothing")
+    for name in names:
+        if (out / name).suffix == ".json":
+            _load_json(out / name)
+    weights = [out / n for n in names if n.endswith(".safetensors")]
+    for path in weights:
+        _check_weights(path)
+    if stage in ("pretrain", "sft", "grpo"):
+        if not weights:
+            raise AttestError(str(out), "no weights: there is no .safetensors file")
+        _check_step(out / "metrics.jsonl", recipe["steps"])
+    if stage in ("sft", "grpo") and parent is not None:
+        before = {p.name: p for p in parent.glob("*.safetensors")}
+        if all(
+            p.name in before and p.read_bytes() == before[p.name].read_bytes()
+            for p in weights
+        ):
+            raise AttestError(str(out), f"training left the weights of {parent} as is")
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AttestError(str(path), f"not JSON: {error}") from error
+
+
+def _check_step(metrics: Path, target: int) -> None:
+    try:
+        last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, KeyError, ValueError) as error:
+        raise AttestError(str(metrics), f"holds no step: {error!r}") from error
+    if last != target:
+        raise AttestError(
+            str(metrics), f"ends at step {last}, the recipe says {target}"
+        )
+
+
+def _check_weights(path: Path) -> None:
+    """A safetensors file is whole and its numbers are finite.
+
+    The form is described in the safetensors repository's README: a little-endian
+    uint64 N, N bytes of JSON, the tensors.
+    """
+    import numpy as np
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise AttestError(str(path), "truncated: its header does not fit")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise AttestError(str(path), f"its header is not JSON: {error}") from error
+    header.pop("__metadata__", None)
+    if 8 + length + max(t["data_offsets"][1] for t in header.values()) != size:
+        raise AttestError(str(path), f"truncated or padded: it has {size} bytes")
+    for name, tensor in header.items():
+        if tensor["dtype"] not in FLOATS:
+            continue
+        start, end = tensor["data_offsets"]
+        kind = np.dtype(FLOATS[tensor["dtype"]])
+        values = np.memmap(
+            path, kind, "r", 8 + length + start, ((end - start) // kind.itemsize,)
+        )
+        if tensor["dtype"] == "BF16":
+            finite = bool(((values & 0x7F80) != 0x7F80).all())
+        else:
+            finite = bool(np.isfinite(values).all())
+        if not finite:
+            raise AttestError(f"{path} {name}", "not finite")

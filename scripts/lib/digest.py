@@ -1,0 +1,129 @@
+"""Digests as DVC records them, remembered by inode, size and time of change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
+from pathlib import Path
+
+Signature = tuple[int, int, int]
+
+
+def md5_file(path: Path) -> str:
+    """The md5 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def tree_digest(md5_of: dict[str, str]) -> str:
+    """DVC's digest of a folder, from {relative path: md5}.
+
+    The form is that of `dvc_data.hashfile.tree.Tree`.
+    """
+    listing = [{"md5": md5_of[name], "relpath": name} for name in sorted(md5_of)]
+    return hashlib.md5(json.dumps(listing).encode()).hexdigest() + ".dir"
+
+
+def files_in(folder: Path) -> list[str]:
+    """Relative paths of the files below `folder`, without Python's caches."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if f != "__pycache__"]
+        found += [os.path.relpath(os.path.join(root, n), folder) for n in names]
+    return sorted(Path(n).as_posix() for n in found)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write by rename, so that the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Memory:
+    """Digests of files read before, kept in one JSON file."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        try:
+            stored = json.loads(store.read_text())
+        except (FileNotFoundError, ValueError):
+            stored = {}
+        self.known: dict[str, tuple[Signature, str]] = {
+            name: ((s[0], s[1], s[2]), md5) for name, (s, md5) in stored.items()
+        }
+        self.changed = False
+
+    @staticmethod
+    def signature(path: Path) -> Signature:
+        info = os.stat(path)
+        return info.st_ino, info.st_size, info.st_mtime_ns
+
+    def remember(self, path: Path, md5: str) -> None:
+        """Take `md5` as the file's digest until the file changes."""
+        self.known[str(path)] = self.signature(path), md5
+        self.changed = True
+
+    def file(self, path: Path) -> str:
+        """A file's md5, read again only if its inode, size or time changed."""
+        signature, known = self.signature(path), self.known.get(str(path))
+        if known and known[0] == signature:
+            return known[1]
+        md5 = md5_file(path)
+        self.remember(path, md5)
+        return md5
+
+    def files(self, folder: Path) -> dict[str, str]:
+        """{relative path: md5} of a folder; what is new is read on all cores."""
+        names = files_in(folder)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sums = pool.map(lambda name: self.file(folder / name), names)
+        return dict(zip(names, sums, strict=True))
+
+    def recorded_as(self, path: Path) -> str | None:
+        """What DVC would record for a file or folder; None if it is not there."""
+        if path.is_dir():
+            return tree_digest(self.files(path))
+        return self.file(path) if path.is_file() else None
+
+    def save(self) -> None:
+        if self.changed:
+            write_atomic(self.store, json.dumps(self.known))
+            self.changed = False
+
+
+class Cache:
+    """DVC's local cache of files, as it lies on disk."""
+
+    def __init__(self) -> None:
+        folder = Path(".dvc/cache")
+        for name in ("config", "config.local"):
+            config = ConfigParser()
+            config.read(Path(".dvc", name))
+            if given := config.get("cache", "dir", fallback=None):
+                folder = Path(".dvc", given)
+        self.folder = folder / "files" / "md5"
+
+    def object(self, md5: str) -> Path:
+        return self.folder / md5[:2] / md5[2:]
+
+    def listing(self, md5: str) -> dict[str, str] | None:
+        """{relative path: md5} of a recorded folder; None if that is not cached."""
+        try:
+            entries = json.loads(self.object(md5).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return {entry["relpath"]: entry["md5"] for entry in entries}
+
+    def holds(self, md5: str) -> bool:
+        """Whether the file, or every file of the folder, is here."""
+        if not md5.endswith(".dir"):
+            return self.object(md5).is_file()
+        listed = self.listing(md5)
+        return listed is not None and all(
+            self.object(one).is_file() for one in listed.values()
+        )

@@ -1,0 +1,121 @@
+"""Write the config reference, generated from the schema, into a Markdown file.
+
+    python -m scripts.lib.docs README.md
+
+It replaces what stands between the lines `<!-- reference -->` and
+`<!-- end of reference -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from scripts.lib import cli
+from scripts.lib.errors import UserError
+from scripts.lib.schema import Data, Placement, Task
+from scripts.lib.stages import STAGES
+
+START, END = "<!-- reference -->", "<!-- end of reference -->"
+
+
+def kind_of(annotation: Any) -> str:
+    """A type as a reader of YAML would call it."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is type(None):
+        return ""
+    if origin is Literal:
+        return " or ".join(f"`{a}`" for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(filter(None, map(kind_of, args)))
+    if origin is dict:
+        return f"mapping of {kind_of(args[1])}"
+    if origin is list:
+        return f"{kind_of(args[0])} or list of them"
+    if hasattr(annotation, "__metadata__"):
+        return kind_of(annotation.__origin__)
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    if annotation in names:
+        return names[annotation]
+    return str(getattr(annotation, "__name__", annotation)).lower()
+
+
+def default_of(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None or field.default == {}:
+        return ""
+    value = field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def table(model: type[BaseModel]) -> list[str]:
+    """A model's keys as a Markdown table, required ones first."""
+    fields = [(f.alias or n, f) for n, f in model.model_fields.items()]
+    fields = [(n, f) for n, f in fields if f.description]
+    fields.sort(key=lambda item: not item[1].is_required())
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields:
+        kind = kind_of(field.annotation).replace("|", "\\|")
+        rows.append(
+            f"| `{name}` | {kind} | {default_of(field)} | {field.description} |"
+        )
+    return rows
+
+
+def summary(model: type[BaseModel]) -> str:
+    for one in model.__mro__:
+        if one.__dict__.get("__doc__"):
+            return str(one.__doc__).strip()
+    return ""
+
+
+def reference() -> str:
+    """The whole reference as Markdown."""
+    parts: list[str] = []
+    sections: list[tuple[str, type[BaseModel]]] = [("data", Data)]
+    sections += [(name, stage.node) for name, stage in STAGES.items()]
+    for name, model in sections:
+        parts += [f"#### `{name}:`", "", summary(model), "", *table(model), ""]
+        if name == "eval":
+            parts += ["Each of `tasks`:", "", *table(Task), ""]
+    parts += ["#### `placement:`", "", summary(Placement), ""]
+    parts += ["By stage, then node; `default` at either level is the base.", ""]
+    return "\n".join([*parts, *table(Placement)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("file", type=Path)
+    flags.add_argument("--check", action="store_true", help="only say if it is current")
+    args = flags.parse_args(argv)
+    text = args.file.read_text()
+    if START not in text or END not in text:
+        raise UserError(str(args.file), f"lacks the lines {START} and {END}")
+    new = re.sub(
+        f"{START}.*{END}",
+        lambda _: f"{START}\n{reference()}\n{END}",
+        text,
+        flags=re.DOTALL,
+    )
+    if args.check and new != text:
+        raise UserError(
+            str(args.file), "its reference is out of date", "run `make docs`"
+        )
+    if not args.check:
+        args.file.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

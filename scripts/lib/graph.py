@@ -1,0 +1,604 @@
+"""The graph of nodes that a config describes, checked across stages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.lib import identity
+from scripts.lib.errors import UserError
+from scripts.lib.load import ConfigError, Lines, load_config, nearest
+from scripts.lib.schema import HUB_NAME, Config, Placement
+from scripts.lib.stages import DATA, MODELS, PARENTS, STAGES
+
+MODEL_FOLDERS = Path("config/models")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A named stage instance: what it is made from, how, and where it runs.
+
+    `flags` are its script's inputs as (flag, value) pairs; `artifacts` the folders
+    or files of other nodes it reads, `files` those of the project's own.
+    """
+
+    stage: str
+    name: str
+    recipe: dict[str, Any]
+    parents: tuple[str, ...] = ()
+    flags: tuple[tuple[str, str], ...] = ()
+    artifacts: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    code: dict[str, str] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+    placement: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.stage}/{self.name}"
+
+    @property
+    def dvc(self) -> str:
+        """The node's name as a DVC stage."""
+        return f"{self.stage}-{self.name}"
+
+    @property
+    def folder(self) -> str:
+        return f"artifacts/{self.id}"
+
+    @property
+    def content(self) -> str:
+        return f"{self.folder}/{STAGES[self.stage].content}"
+
+    @property
+    def outs(self) -> list[str]:
+        """What is published and recorded, the content first."""
+        metrics = [f"{self.folder}/metrics.jsonl"] if STAGES[self.stage].trains else []
+        return [self.content, *metrics, f"{self.folder}/provenance.json"]
+
+    @property
+    def manifest(self) -> str:
+        return f"state/{self.id}.json"
+
+    @property
+    def command(self) -> str:
+        return f"python -m scripts.lib.run {self.stage} {self.name}"
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Identity apart from inputs: what dvc.lock records of the node itself."""
+        return {
+            "recipe": self.recipe,
+            "code": self.code,
+            **({"packages": self.packages} if self.packages else {}),
+        }
+
+
+class Graph:
+    """All nodes by id, parents before children."""
+
+    def __init__(self, nodes: list[Node], config: str, files: list[str]) -> None:
+        self.config, self.config_files = config, files
+        self.nodes: dict[str, Node] = {}
+        pending = {node.id: node for node in nodes}
+        while pending:
+            ready = [n for n in pending.values() if not set(n.parents) & set(pending)]
+            assert ready, "cycles are refused when the graph is built"
+            for node in ready:
+                self.nodes[node.id] = pending.pop(node.id)
+
+    def children(self, id: str) -> list[str]:
+        return [n.id for n in self.nodes.values() if id in n.parents]
+
+    def ancestors(self, id: str) -> list[str]:
+        """Every node above, parents before children."""
+        return [n for n in self.nodes if n in self._above(id)]
+
+    def descendants(self, id: str) -> list[str]:
+        return [n for n in self.nodes if id in self._above(n)]
+
+    def before(self, id: str) -> list[str]:
+        """What must be ready first: the ancestors, and all data of the descendants.
+
+        So bad data stops a build before a GPU is used, not after.
+        """
+        wanted = set(self._above(id))
+        if STAGES[self.nodes[id].stage].trains:
+            below = {id, *self.descendants(id)}
+            for node in below:
+                data = {n for n in self._above(node) if n.split("/")[0] in DATA}
+                wanted |= {n for n in data if not self._above(n) & below}
+        return [n for n in self.nodes if n in wanted]
+
+    def _above(self, id: str) -> frozenset[str]:
+        if not hasattr(self, "_memo"):
+            self._memo: dict[str, frozenset[str]] = {}
+            for node in self.nodes.values():
+                above = [self._memo[p] | {p} for p in node.parents]
+                self._memo[node.id] = frozenset().union(*above)
+        return self._memo[id]
+
+    def owner(self, path: str) -> str | None:
+        """The id of the node that publishes `path`, if one does."""
+        parts = path.split("/")
+        id = "/".join(parts[1:3])
+        return id if parts[0] == "artifacts" and id in self.nodes else None
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "config": self.config,
+                "files": self.config_files,
+                "nodes": [asdict(node) for node in self.nodes.values()],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Graph:
+        """A graph as `to_json` wrote it."""
+        stored = json.loads(text)
+        nodes = []
+        for entry in stored["nodes"]:
+            for key in ("parents", "artifacts", "files"):
+                entry[key] = tuple(entry[key])
+            entry["flags"] = tuple((flag, value) for flag, value in entry["flags"])
+            nodes.append(Node(**entry))
+        return cls(nodes, stored["config"], stored["files"])
+
+
+def build(path: Path) -> Graph:
+    """The graph of the config at `path`.
+
+    Raises ConfigError for anything that could not be built or would train badly,
+    UserError where the environment is not the one its lock pins.
+    """
+    config, lines, files = load_config(path)
+    return _Builder(config, lines).graph(path, files)
+
+
+class _Builder:
+    """Turns the sections of a config into nodes, checking what they refer to."""
+
+    def __init__(self, config: Config, lines: Lines) -> None:
+        self.config, self.lines = config, lines
+        self.sections: dict[str, dict[str, Any]] = {
+            stage: getattr(config, stage) for stage in STAGES
+        }
+
+    def error(self, key: tuple[str, ...], what: str, hint: str = "") -> ConfigError:
+        return ConfigError(self.lines.where(*key), what, hint)
+
+    # ---- references ------------------------------------------------------------
+
+    def ref(self, key: tuple[str, ...], name: str, stages: tuple[str, ...]) -> str:
+        """The id of the node that `name` means: `node`, or `stage/node`."""
+        known = {f"{s}/{n}": f"{s}/{n}" for s in stages for n in self.sections[s]}
+        known |= {n: f"{s}/{n}" for s in stages for n in self.sections[s]}
+        if name not in known:
+            wanted = stages[0] if len(stages) == 1 else "one of " + ", ".join(stages)
+            raise self.error(
+                key,
+                f"no such node: {name} (of {wanted})",
+                nearest(name, [n for s in stages for n in self.sections[s]]),
+            )
+        return known[name]
+
+    def content(self, id: str) -> str:
+        stage, name = id.split("/")
+        return Node(stage, name, {}).content
+
+    def inside(self, key: tuple[str, ...], path: str) -> Path:
+        """`path` as one inside the project."""
+        if Path(path).is_absolute() or ".." in Path(path).parts or not path:
+            raise self.error(
+                key,
+                f"{path!r} leads out of the project",
+                "give a path inside it; a link there may point to large data",
+            )
+        return Path(path)
+
+    def existing(self, key: tuple[str, ...], path: str) -> str:
+        """`path`, which must be there and not be empty, or be tracked by DVC."""
+        found = self.inside(key, path)
+        if found.is_file() and found.stat().st_size == 0:
+            raise self.error(key, f"{path} is empty")
+        if not found.exists() and not Path(f"{path}.dvc").exists():
+            near = [str(p) for p in sorted(found.parent.glob("*"))[:50]]
+            raise self.error(
+                key, f"{path}: no such file or folder", nearest(path, near)
+            )
+        return path
+
+    def folder_files(self, key: tuple[str, ...], folder: str, needs: str) -> list[str]:
+        """The files of a small folder of definitions; `needs` must be among them."""
+        self.existing(key, f"{folder}/{needs}")
+        return sorted(str(p) for p in Path(folder).iterdir() if p.is_file())
+
+    def data(
+        self,
+        key: tuple[str, ...],
+        names: list[str] | dict[str, float],
+        kinds: tuple[str, ...],
+    ) -> dict[str, Any]:
+        """Parents, files, flags and recipe entries of the datasets named."""
+        parents, files, flags = [], [], []
+        sources: dict[str, Any] = {}
+        weights = names if isinstance(names, dict) else {}
+        for name in names:
+            entry: dict[str, Any] = {"weight": weights[name]} if weights else {}
+            if made := self.config.generate.get(name):
+                if made.kind not in kinds:
+                    raise self.error(
+                        key, f"{name} holds {made.kind}, not {' or '.join(kinds)}"
+                    )
+                id = f"generate/{name}"
+                parents.append(id)
+                flags.append(("--data", f"{name}={self.content(id)}"))
+            elif own := self.config.data.get(name):
+                for setting in ("column", "max_bad_rows"):
+                    if setting in own.model_fields_set:
+                        entry[setting] = getattr(own, setting)
+                at = ("data", name)
+                if (own.files is None) == (own.hf is None):
+                    raise self.error(at, "needs either `files` or `hf`")
+                for path in self.files_of(at, own.files or []):
+                    files.append(path)
+                    flags.append(("--data", f"{name}={path}"))
+                if own.hf is not None:
+                    entry |= {"hf": own.hf, "split": own.split}
+                    if HUB_NAME.match(own.hf) and not Path(own.hf).exists():
+                        if own.revision is None:
+                            raise self.error(
+                                (*at, "revision"),
+                                "missing: a hub dataset can change under its name",
+                                "pin the commit, 40 hex digits",
+                            )
+                        entry["revision"] = own.revision
+                    else:
+                        folder = self.existing((*at, "hf"), own.hf)
+                        files.append(folder)
+                        flags.append(("--data", f"{name}={folder}"))
+            else:
+                known = [*self.config.data, *self.config.generate]
+                raise self.error(key, f"no such dataset: {name}", nearest(name, known))
+            sources[name] = entry
+        return {"parents": parents, "files": files, "flags": flags, "sources": sources}
+
+    def files_of(self, key: tuple[str, ...], patterns: list[str]) -> list[str]:
+        """The files that paths and globs name, sorted; none missing, none empty."""
+        found: list[str] = []
+        for pattern in patterns:
+            self.inside((*key, "files"), pattern)
+            if any(c in pattern for c in "*?["):
+                matches = sorted(str(p) for p in Path().glob(pattern) if p.is_file())
+                matches = [m for m in matches if not m.endswith(".dvc")]
+                if not matches:
+                    raise self.error((*key, "files"), f"{pattern}: no file matches")
+            else:
+                matches = [pattern]
+            found += [self.existing((*key, "files"), m) for m in matches]
+        return list(dict.fromkeys(found))
+
+    # ---- the nodes -------------------------------------------------------------
+
+    def graph(self, path: Path, files: list[Path]) -> Graph:
+        self.check_names()
+        self.check_cycles()
+        nodes = []
+        for stage, section in self.sections.items():
+            for name in section:
+                nodes.append(self.node(stage, name))
+        for stage, placed in self.config.placement.items():
+            if stage != "default" and stage not in STAGES:
+                raise self.error(
+                    ("placement", stage), "no such stage", nearest(stage, [*STAGES])
+                )
+            for name in placed:
+                if name != "default" and name not in self.sections.get(stage, {}):
+                    raise self.error(
+                        ("placement", stage, name),
+                        "no such node",
+                        nearest(name, [*self.sections.get(stage, {})]),
+                    )
+        return Graph(nodes, str(path), [str(f) for f in files])
+
+    def check_names(self) -> None:
+        for group in (MODELS, ("generate", "data")):
+            seen: dict[str, str] = {}
+            for stage in group:
+                for name in getattr(self.config, stage):
+                    if name in seen:
+                        raise self.error(
+                            (stage, name),
+                            f"two nodes with one name: {seen[name]}/{name} "
+                            f"and {stage}/{name}",
+                            "rename one of them",
+                        )
+                    seen[name] = stage
+
+    def check_cycles(self) -> None:
+        parent = {
+            f"{stage}/{name}": self.ref((stage, name, "from"), node.from_, PARENTS)
+            for stage in ("sft", "grpo", "export")
+            for name, node in self.sections[stage].items()
+        }
+        for start in parent:
+            path = [start]
+            while (above := parent.get(path[-1])) is not None:
+                if above in path:
+                    stage, name = start.split("/")
+                    circle = " <- ".join([*path[path.index(above) :], above])
+                    raise self.error((stage, name, "from"), f"a cycle: {circle}")
+                path.append(above)
+        self.parent = parent
+
+    def node(self, stage: str, name: str) -> Node:
+        settings = self.sections[stage][name]
+        parts = getattr(self, f"of_{stage}", lambda name, settings: {})(name, settings)
+        recipe = self.recipe(stage, settings)
+        if "sources" in parts:
+            recipe["sources"] = parts["sources"]
+        parents = list(dict.fromkeys(parts.get("parents", [])))
+        artifacts = parts.get("artifacts", [self.content(p) for p in parents])
+        spec = STAGES[stage]
+        return Node(
+            stage,
+            name,
+            recipe,
+            tuple(parents),
+            tuple(parts.get("flags", [])),
+            tuple(artifacts),
+            tuple(dict.fromkeys(parts.get("files", []))),
+            identity.code_of(spec.script),
+            identity.versions(spec.packages),
+            self.placement(stage, name).model_dump(),
+        )
+
+    def recipe(self, stage: str, settings: Any) -> dict[str, Any]:
+        """The node's settings without what it refers to; unset ones left out."""
+        keep = set(STAGES[stage].recipe.model_fields) - {"sources"}
+        dumped = settings.model_dump(by_alias=True, include=keep)
+        return {k: v for k, v in dumped.items() if v is not None}
+
+    def placement(self, stage: str, name: str) -> Placement:
+        table = self.config.placement
+        merged: dict[str, Any] = {}
+        for s, n in (
+            ("default", "default"),
+            (stage, "default"),
+            (stage, name),
+        ):
+            for key, value in table.get(s, {}).get(n, {}).items():
+                if key not in Placement.model_fields:
+                    raise self.error(
+                        ("placement", s, n, key),
+                        "unknown key",
+                        nearest(key, [*Placement.model_fields]),
+                    )
+                merged[key] = value
+        try:
+            return Placement.model_validate(merged)
+        except ValueError as error:
+            raise self.error(("placement", stage, name), str(error)) from error
+
+    # ---- what each stage reads; what would train badly is refused -----------------
+
+    def of_tokenizer(self, name: str, node: Any) -> dict[str, Any]:
+        key = ("tokenizer", name)
+        given = [k for k in ("data", "path", "hf") if getattr(node, k) is not None]
+        if len(given) != 1:
+            raise self.error(
+                key, f"needs one of data, path, hf; found {given or 'none'}"
+            )
+        parts: dict[str, Any] = {"files": [], "flags": []}
+        if node.data is not None:
+            for needed in ("vocab_size", "chat_template"):
+                if getattr(node, needed) is None:
+                    raise self.error((*key, needed), "missing: a tokenizer is trained")
+            parts = self.data((*key, "data"), node.data, ("documents", "chats"))
+        if node.hf is not None and node.revision is None:
+            raise self.error(
+                (*key, "revision"), "missing: pin the commit, 40 hex digits"
+            )
+        if node.path is not None:
+            folder = str(self.inside((*key, "path"), node.path))
+            parts["files"] += self.folder_files(
+                (*key, "path"), folder, "tokenizer.json"
+            )
+            parts["flags"].append(("--tokenizer", folder))
+        if node.chat_template is not None:
+            file = self.existing((*key, "chat_template"), node.chat_template)
+            parts["files"].append(file)
+            parts["flags"].append(("--chat-template", file))
+        return parts
+
+    def with_tokenizer(
+        self, stage: str, name: str, node: Any, kinds: tuple[str, ...]
+    ) -> dict[str, Any]:
+        parts = self.data((stage, name, "data"), node.data, kinds)
+        id = self.ref((stage, name, "tokenizer"), node.tokenizer, ("tokenizer",))
+        parts["parents"].insert(0, id)
+        parts["flags"].insert(0, ("--tokenizer", self.content(id)))
+        return parts
+
+    def of_tokenize(self, name: str, node: Any) -> dict[str, Any]:
+        return self.with_tokenizer("tokenize", name, node, ("documents",))
+
+    def of_pack(self, name: str, node: Any) -> dict[str, Any]:
+        return self.with_tokenizer("pack", name, node, ("chats",))
+
+    def of_prompts(self, name: str, node: Any) -> dict[str, Any]:
+        return self.with_tokenizer("prompts", name, node, ("prompts",))
+
+    def tokenizer_of(self, id: str) -> str:
+        """The id of the tokenizer that a node's tokens are made with."""
+        stage, name = id.split("/")
+        if stage in ("tokenize", "pack", "prompts"):
+            return f"tokenizer/{self.sections[stage][name].tokenizer.split('/')[-1]}"
+        if stage == "pretrain":
+            data = self.sections[stage][name].data.split("/")[-1]
+            return self.tokenizer_of(f"tokenize/{data}")
+        return self.tokenizer_of(self.parent[id])
+
+    def model_config(self, id: str) -> tuple[str, dict[str, Any]]:
+        """The file and content of the model definition that a node descends from."""
+        while id in self.parent:
+            id = self.parent[id]
+        name = id.split("/")[1]
+        key = ("pretrain", name, "model")
+        model = self.sections["pretrain"][name].model
+        file = str(MODEL_FOLDERS / model / "config.json")
+        if "/" in model or not Path(file).exists():
+            known = sorted(p.parent.name for p in MODEL_FOLDERS.glob("*/config.json"))
+            raise self.error(
+                key, f"no such model: {model} (of config/models)", nearest(model, known)
+            )
+        try:
+            loaded = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(file, f"not JSON: {error}") from error
+        return file, loaded
+
+    def fits(self, key: tuple[str, ...], length: int, what: str, id: str) -> None:
+        file, model = self.model_config(id)
+        longest = model.get("max_position_embeddings")
+        if isinstance(longest, int) and length > longest:
+            raise self.error(
+                key,
+                f"{what} of {length} tokens, but the model's longest is {longest}",
+                f"at most {longest}, or raise max_position_embeddings in {file}",
+            )
+
+    def of_pretrain(self, name: str, node: Any) -> dict[str, Any]:
+        key, id = ("pretrain", name), f"pretrain/{name}"
+        data = self.ref((*key, "data"), node.data, ("tokenize",))
+        tokenizer = self.tokenizer_of(data)
+        file, model = self.model_config(id)
+        entries = self.sections["tokenizer"][tokenizer.split("/")[1]].vocab_size
+        if entries and entries > model.get("vocab_size", entries):
+            raise self.error(
+                (*key, "model"),
+                f"{tokenizer} has {entries} entries, the model only "
+                f"{model['vocab_size']}",
+                f"lower vocab_size, or raise it in {file}",
+            )
+        self.fits((*key, "sequence_length"), node.sequence_length, "sequences", id)
+        self.check_warmup(key, node)
+        return {
+            "parents": [tokenizer, data],
+            "files": [file],
+            "flags": [
+                ("--model", str(Path(file).parent)),
+                ("--tokenizer", self.content(tokenizer)),
+                ("--data", self.content(data)),
+            ],
+        }
+
+    def check_warmup(self, key: tuple[str, ...], node: Any) -> None:
+        if node.warmup_steps >= node.steps:
+            raise self.error(
+                (*key, "warmup_steps"),
+                f"{node.warmup_steps} of {node.steps} steps leaves none to train",
+            )
+
+    def post_training(self, stage: str, name: str, node: Any, data: str) -> list[str]:
+        """The parent and the data node, made with one tokenizer."""
+        key, parent = (stage, name), self.parent[f"{stage}/{name}"]
+        id = self.ref((*key, "data"), node.data, (data,))
+        ours, theirs = self.tokenizer_of(id), self.tokenizer_of(parent)
+        if ours != theirs:
+            raise self.error(
+                (*key, "data"),
+                f"{id} is made with {ours}, {parent} with {theirs}",
+                "use one tokenizer along a chain",
+            )
+        self.check_warmup(key, node)
+        return [parent, id]
+
+    def of_sft(self, name: str, node: Any) -> dict[str, Any]:
+        parent, packed = self.post_training("sft", name, node, "pack")
+        length = self.sections["pack"][packed.split("/")[1]].sequence_length
+        self.fits(("sft", name, "data"), length, f"{packed} has rows", parent)
+        return {
+            "parents": [parent, packed],
+            "flags": [
+                ("--parent", self.content(parent)),
+                ("--packed", self.content(packed)),
+            ],
+        }
+
+    def of_grpo(self, name: str, node: Any) -> dict[str, Any]:
+        key = ("grpo", name)
+        parent, prompts = self.post_training("grpo", name, node, "prompts")
+        if node.batch_size % node.num_generations:
+            raise self.error(
+                (*key, "batch_size"),
+                f"{node.batch_size} completions a step do not divide into groups of "
+                f"num_generations = {node.num_generations}",
+                f"try {node.batch_size // node.num_generations * node.num_generations}"
+                f" or {-(-node.batch_size // node.num_generations) * node.num_generations}",
+            )
+        longest = self.sections["prompts"][prompts.split("/")[1]].max_prompt_tokens
+        total = longest + node.max_completion_tokens
+        self.fits(
+            (*key, "max_completion_tokens"), total, "prompt and completion", parent
+        )
+        return {
+            "parents": [parent, prompts],
+            "flags": [
+                ("--parent", self.content(parent)),
+                ("--prompts", self.content(prompts)),
+            ],
+        }
+
+    def of_export(self, name: str, node: Any) -> dict[str, Any]:
+        parent = self.parent[f"export/{name}"]
+        return {"parents": [parent], "flags": [("--parent", self.content(parent))]}
+
+    def of_eval(self, name: str, node: Any) -> dict[str, Any]:
+        key = ("eval", name)
+        parents = [self.ref((*key, "from"), n, MODELS) for n in node.from_]
+        flags = [("--model", f"{id}={self.content(id)}") for id in parents]
+        files = []
+        for task, settings in node.tasks.items():
+            at = (*key, "tasks", task)
+            file = self.existing((*at, "file"), settings.file)
+            files.append(file)
+            flags.append(("--task", f"{task}={file}"))
+            found = self.data((*at, "data"), [settings.data], ("heldout", "prompts"))
+            parents += found["parents"]
+            files += found["files"]
+            if "hf" in found["sources"][settings.data]:
+                raise self.error((*at, "data"), "eval reads files, not a hub dataset")
+            flags += [
+                ("--data", f"{task}={value.partition('=')[2]}")
+                for _, value in found["flags"]
+            ]
+        return {"parents": parents, "files": files, "flags": flags}
+
+    def of_report(self, name: str, node: Any) -> dict[str, Any]:
+        key = ("report", name)
+        if node.from_ is None:
+            evals = [f"eval/{n}" for n in self.sections["eval"]]
+        else:
+            evals = [self.ref((*key, "from"), n, ("eval",)) for n in node.from_]
+        shown: list[str] = []
+        for id in evals:
+            stage, eval_name = id.split("/")
+            for model in self.sections[stage][eval_name].from_:
+                above = self.ref(key, model, MODELS)
+                while True:
+                    shown.append(above)
+                    if above not in self.parent:
+                        break
+                    above = self.parent[above]
+        trained = [i for i in dict.fromkeys(shown) if STAGES[i.split("/")[0]].trains]
+        return {
+            "parents": [*trained, *evals],
+            "artifacts": [
+                *(f"artifacts/{id}/metrics.jsonl" for id in trained),
+                *(self.content(id) for id in evals),
+            ],
+        }

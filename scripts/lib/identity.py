@@ -1,0 +1,152 @@
+"""What code and which pinned versions a node's result depends on.
+
+A stage's code is its script and every module of this project that it imports,
+compared as syntax trees: comments, docstrings and formatting do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import re
+from importlib import metadata
+from pathlib import Path
+
+from scripts.lib.errors import UserError
+
+LOCK = Path("envs/transformers.lock")
+
+NEUTRAL = {f"scripts.lib.{name}" for name in ("cli", "errors", "progress", "schema")}
+"""Modules that cannot change a result: the recipe they check is identity itself."""
+
+
+def _file_of(module: str) -> Path | None:
+    base = Path(*module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}", f"not Python: {error.msg}") from error
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules a file names in imports, at any depth, `from a import b` as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@functools.cache
+def modules_of(script: str) -> tuple[str, ...]:
+    """The project's modules that `script` is made of, itself included, sorted."""
+    seen: set[str] = set()
+    todo = [script]
+    while todo:
+        module = todo.pop()
+        path = _file_of(module)
+        if path is None or module in seen or module in NEUTRAL:
+            continue
+        if _tree(path).body:
+            seen.add(module)
+        todo += [m for m in _imports(path) if m.split(".")[0] == "scripts"]
+    return tuple(sorted(seen))
+
+
+def third_party_of(script: str) -> set[str]:
+    """Top-level names that the script's modules import from outside the project."""
+    names: set[str] = set()
+    for module in modules_of(script):
+        path = _file_of(module)
+        assert path is not None
+        names |= {name.split(".")[0] for name in _imports(path)}
+    return names - {"scripts"}
+
+
+def _canonical(node: object) -> str:
+    """A syntax tree as text that does not depend on Python's version.
+
+    Docstrings and empty fields are left out: newer Pythons add empty fields.
+    """
+    if isinstance(node, list):
+        return "[" + ",".join(map(_canonical, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    body = fields.get("body")
+    if isinstance(body, list) and body and isinstance(node, _DOCUMENTED):
+        first = body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            if isinstance(first.value.value, str):
+                fields["body"] = body[1:]
+    inner = ",".join(
+        f"{name}={_canonical(value)}"
+        for name, value in fields.items()
+        if value is not None and value != [] and name not in ("kind", "type_comment")
+    )
+    return f"{type(node).__name__}({inner})"
+
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@functools.cache
+def _module_digest(module: str) -> str:
+    path = _file_of(module)
+    assert path is not None
+    return hashlib.sha256(_canonical(_tree(path)).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_of(script: str) -> dict[str, str]:
+    """{file: digest} of the stage's code, the same for comments and formatting.
+
+    Raises UserError where the script is missing or not Python.
+    """
+    modules = modules_of(script)
+    if script not in modules:
+        raise UserError(script, "no such script in this project")
+    code = {str(_file_of(m)): _module_digest(m) for m in modules}
+    name = script.rpartition(".")[2]
+    for path in sorted(Path("scripts/templates").glob(f"{name}.*")):
+        code[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return code
+
+
+@functools.cache
+def pins() -> dict[str, str]:
+    """{package: version} of the engine's lock file."""
+    found = re.findall(r"(?m)^([A-Za-z0-9._-]+)==([^\s;]+)", LOCK.read_text())
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """The pinned versions of these packages.
+
+    Raises UserError where what is installed is another version.
+    """
+    result = {name: pins()[name] for name in sorted(packages)}
+    for name, pinned in result.items():
+        try:
+            found = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        if found != pinned:
+            raise UserError(
+                f"{LOCK} {name}",
+                f"pinned at {pinned}, but here it is {found}",
+                "run `make env`",
+            )
+    return result

@@ -1,0 +1,201 @@
+"""Read a config: YAML with overlays, validated, every error with file and line."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Union
+
+import pydantic
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from scripts.lib.errors import UserError
+from scripts.lib.schema import Config
+
+Key = tuple[str, ...]
+SHOWN_ERRORS = 10
+
+
+class ConfigError(UserError):
+    """What is wrong with a config, at its file, line and key."""
+
+
+class Lines:
+    """Where each key of a config stands: {key: (file, line)}."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.at: dict[Key, tuple[Path, int]] = {}
+
+    def where(self, *key: str) -> str:
+        """`file:line key` of the key, or of the nearest one above it."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.at:
+                path, line = self.at[key[:length]]
+                return f"{path}:{line} {'.'.join(key)}"
+        return f"{self.path} {'.'.join(key)}".rstrip()
+
+
+def _read(path: Path) -> CommentedMap:
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = YAML(typ="rt").load(text)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            str(path), "no such file", "name a config with --configfile"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), f"not UTF-8 at byte {error.start}") from error
+    except DuplicateKeyError as error:
+        mark, problem = error.problem_mark, str(error.problem).splitlines()[0]
+        raise ConfigError(
+            f"{path}:{mark.line + 1}",
+            f"two nodes or keys with one name: {problem}",
+            "rename one of them",
+        ) from error
+    except MarkedYAMLError as error:
+        found = error.problem_mark or error.context_mark
+        line = f":{found.line + 1}" if found else ""
+        raise ConfigError(
+            f"{path}{line}",
+            f"not YAML: {error.problem or error.context}",
+            "check the indentation, quotes and brackets up to that line",
+        ) from error
+    except YAMLError as error:
+        raise ConfigError(str(path), f"not YAML: {error}") from error
+    if loaded is None:
+        loaded = CommentedMap()
+    if not isinstance(loaded, CommentedMap):
+        raise ConfigError(str(path), "not a mapping", "see config/config.yaml")
+    return loaded
+
+
+def _plain(value: Any) -> Any:
+    """Ruamel's scalars and containers as Python's own."""
+    if isinstance(value, CommentedMap):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, CommentedSeq):
+        return [_plain(v) for v in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _overlay(
+    base: dict[str, Any], top: CommentedMap, path: Path, lines: Lines, at: Key = ()
+) -> None:
+    """Lay `top` over `base`, in place: mappings merge, null deletes, the rest wins."""
+    for key, value in top.items():
+        here = (*at, str(key))
+        lines.at[here] = path, top.lc.key(key)[0] + 1
+        if value is None:
+            base.pop(str(key), None)
+        elif isinstance(value, CommentedMap):
+            below = base.get(str(key))
+            base[str(key)] = below if isinstance(below, dict) else {}
+            _overlay(base[str(key)], value, path, lines, here)
+        else:
+            base[str(key)] = _plain(value)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Lines, list[Path]]:
+    """The config and what it extends as one mapping, its lines, the files read.
+
+    Raises ConfigError for what cannot be read or extends itself.
+    """
+    chain: list[tuple[Path, CommentedMap]] = []
+    current = path
+    while True:
+        document = _read(current)
+        chain.append((current, document))
+        extends = document.pop("extends", None)
+        if extends is None:
+            break
+        current = Path(current.parent, str(extends))
+        if current.resolve() in [p.resolve() for p, _ in chain]:
+            raise ConfigError(str(path), f"extends itself through {current}")
+    merged: dict[str, Any] = {}
+    lines = Lines(path)
+    for file, document in reversed(chain):
+        _overlay(merged, document, file, lines)
+    return merged, lines, [p for p, _ in chain]
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    """The pydantic models an annotation may hold, through dicts and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (dict, list, Union, types.UnionType):
+        return [m for a in typing.get_args(annotation) for m in _models_in(a)]
+    if hasattr(annotation, "__metadata__"):
+        return _models_in(typing.get_args(annotation)[0])
+    return []
+
+
+def _allowed_keys(loc: tuple[str | int, ...]) -> list[str]:
+    """The keys the schema has where `loc` points into."""
+    model: type[pydantic.BaseModel] = Config
+    for part in loc:
+        field = next(
+            (f for n, f in model.model_fields.items() if (f.alias or n) == part), None
+        )
+        inner = _models_in(field.annotation) if field else []
+        if inner:
+            model = inner[0]
+    return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """A hint at the nearest of `words`, or at all of them."""
+    close = difflib.get_close_matches(word, words, 1, 0.5)
+    guess = f"did you mean `{close[0]}`? " if close else ""
+    return f"{guess}there are: {', '.join(words) or 'none'}"
+
+
+def _explain(error: Any, lines: Lines) -> str:
+    loc = tuple(str(p) for p in error["loc"])
+    kind, found = error["type"], error.get("input")
+    shown = f"{found!r}"[:80]
+    if kind == "extra_forbidden":
+        keys = _allowed_keys(error["loc"][:-1])
+        hint = nearest(loc[-1], keys).replace("there are", "Keys")
+        return f"{lines.where(*loc)}: unknown key\n\nhint: {hint}"
+    if kind == "missing":
+        return (
+            f"{lines.where(*loc)}: missing\n\n"
+            f"hint: add `{loc[-1]}:`; the README's config reference describes it"
+        )
+    if kind == "string_pattern_mismatch" and loc[-1] == "[key]":
+        return (
+            f"{lines.where(*loc[:-1])}: {shown} cannot name a node\n\n"
+            "hint: lower case letters, digits and _, a letter first"
+        )
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{lines.where(*loc)}: {message}; found {shown}"
+
+
+def load_config(path: Path) -> tuple[Config, Lines, list[Path]]:
+    """The validated config, where its keys stand, and the files it was read from.
+
+    Raises ConfigError naming every mistake the schema can see.
+    """
+    merged, lines, files = read_config(path)
+    try:
+        return Config.model_validate(merged), lines, files
+    except pydantic.ValidationError as invalid:
+        errors = invalid.errors()
+        shown = [_explain(e, lines) for e in errors[:SHOWN_ERRORS]]
+        if len(errors) > SHOWN_ERRORS:
+            shown.append(f"and {len(errors) - SHOWN_ERRORS} more")
+        raise ConfigError(*_split("\n".join(shown))) from invalid
+
+
+def _split(text: str) -> tuple[str, str]:
+    where, _, what = text.partition(": ")
+    return where, what

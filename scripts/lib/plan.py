@@ -1,0 +1,144 @@
+"""Show what will run and why, or draw it: nothing is built.
+
+    python -m scripts.lib.plan --config config/config.yaml
+    python -m scripts.lib.plan --config config/config.yaml --draw dag.svg --draw dag.png
+
+With --write, as DVC's own `plan` stage calls it, only write dvc.yaml and
+config/params.yaml from the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import sys
+from pathlib import Path
+
+from scripts.lib import cli, graph
+from scripts.lib.errors import UserError
+from scripts.lib.store import MAY, NEVER, STATE, Store
+
+FEW = 3
+DEFAULT = Path("config/config.yaml")
+
+
+def state_of(store: Store, id: str) -> tuple[str, str]:
+    """A node's state (current, running, missing, stale) and why it is not current."""
+    reasons = store.why[id]
+    note = "; ".join(reasons)
+    if is_running(id):
+        return "running", note
+    if not reasons:
+        return "current", note
+    return ("stale" if id in store.records else "missing"), note
+
+
+def is_running(id: str) -> bool:
+    """Whether some process holds the node's lock at this moment."""
+    try:
+        with open(STATE / f"{id}.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def verb(reasons: list[str]) -> str:
+    """What will happen to a node that these reasons keep from being current."""
+    if not reasons:
+        return "current"
+    if all(r.startswith(MAY) for r in reasons):
+        return "may run"
+    if all(r.endswith("restore it") or r.startswith(MAY) for r in reasons):
+        return "restore"
+    return "run"
+
+
+def stale(store: Store) -> list[str]:
+    """The nodes that are not current, parents before children."""
+    return [id for id, reasons in store.why.items() if reasons]
+
+
+def lines(store: Store, all_nodes: bool) -> list[str]:
+    """One line a node: what will happen, and the reasons."""
+    ids = store.why if all_nodes else stale(store)
+    shown = {id: (verb(store.why[id]), store.why[id]) for id in ids}
+    width = max((len(id) for id in shown), default=0)
+    text = []
+    for id, (what, reasons) in shown.items():
+        note = "; ".join(
+            r for r in reasons if what == "may run" or not r.startswith(MAY)
+        )
+        text.append(f"{what:8} {id:{width}}  {note}".rstrip())
+    return text
+
+
+def announce(store: Store) -> None:
+    """Say on the terminal what is not current, and why; or where the results are."""
+    new = [id for id, why in store.why.items() if NEVER in why]
+    if len(new) > FEW:
+        print(
+            f"[plan] run      {len(new)} nodes {NEVER}: {', '.join(new)}",
+            file=sys.stderr,
+        )
+    for id, line in zip(stale(store), lines(store, all_nodes=False), strict=True):
+        if len(new) <= FEW or id not in new:
+            print(f"[plan] {line}", file=sys.stderr)
+    if not any(store.why.values()):
+        results(store)
+
+
+def results(store: Store) -> None:
+    """The last lines of a build: where the models and reports are."""
+    nodes = store.graph.nodes.values()
+    for kind, stage, file in (
+        ("model", "export", ""),
+        ("report", "report", "report.html"),
+    ):
+        for node in nodes:
+            if node.stage == stage and not store.why[node.id]:
+                path = Path(node.content, file)
+                here = "" if path.exists() else f"  (not here: dvc pull {node.dvc})"
+                print(f"[done] {kind}: {path}{here}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--config", type=Path, default=DEFAULT)
+    flags.add_argument("--write", action="store_true", help="as DVC's plan stage")
+    flags.add_argument(
+        "--draw", type=Path, action="append", default=[], metavar="FILE.svg|FILE.png"
+    )
+    args = flags.parse_args(argv)
+    store = Store(graph.build(args.config))
+    if args.write:
+        if store.declare():
+            raise UserError(
+                "dvc.yaml",
+                "was not the graph of the config; it has been rewritten",
+                "run `dvc repro` again",
+            )
+        return 0
+    store.sync()
+    for target in args.draw:
+        from scripts.lib.draw import draw
+
+        states = {id: state_of(store, id) for id in store.graph.nodes}
+        nodes = [
+            {"id": id, "state": state, "note": note}
+            for id, (state, note) in states.items()
+        ]
+        edges = [(p, n.id) for n in store.graph.nodes.values() for p in n.parents]
+        draw(nodes, edges, target)
+        print(target)
+    if not args.draw:
+        print("\n".join(lines(store, all_nodes=True)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

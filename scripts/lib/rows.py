@@ -1,0 +1,364 @@
+"""Rows of a dataset, in order: from files, folders and Hugging Face datasets.
+
+A file is .jsonl or .json (one object a line), .txt or .parquet; all but parquet
+may end in .gz or .zst. A .txt file is one document: prose has no line that ends
+one. A folder stands for the data files right in it, sorted by name; for a source
+with `hf` it is a Hugging Face dataset's folder.
+
+A bad row (not JSON, not an object, not UTF-8, a column missing or of the wrong
+type, or what the stage's `take` refuses) is named by file and line and left out;
+more than `max_bad_rows` of them are an error. What is wrong with a whole file
+(missing, empty, cut short, another encoding) is an error at once. Blank lines are
+skipped. Memory does not grow with a file's size, but for one row or one .txt.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from scripts.lib.errors import DataError, RecipeError
+from scripts.lib.schema import HUB_NAME, Source
+
+Taken = TypeVar("Taken")
+Row = dict[str, Any]
+
+LINES, PARQUET, TEXT = "lines", "parquet", "text"
+FORMATS = {".jsonl": LINES, ".json": LINES, ".parquet": PARQUET, ".txt": TEXT}
+IN_FOLDERS = (".jsonl", ".parquet", ".txt")
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+READABLE = ".jsonl, .json or .txt (plain, .gz or .zst), or .parquet"
+
+EXAMPLES = 5
+LOOK_ON_ROWS = 10_000
+KINDS: dict[type, str] = {str: "a string", list: "a list"}
+
+
+class BadRow(Exception):  # noqa: N818
+    """A row that cannot be used; the message says why."""
+
+
+def field(row: Row, column: str, kind: type = str) -> Any:
+    """The value of a row's column. Raises BadRow where it is not there or no `kind`."""
+    if column not in row:
+        found = ", ".join(list(row)[:10]) or "none"
+        raise BadRow(f"column `{column}` is missing; found: {found}")
+    value = row[column]
+    if not isinstance(value, kind):
+        found = "null" if value is None else type(value).__name__
+        raise BadRow(f"column `{column}` is {found}, not {KINDS[kind]}")
+    return value
+
+
+def named_sources(
+    sources: Mapping[str, Source], data: Mapping[str, list[Path]]
+) -> list[tuple[str, Source, list[Path]]]:
+    """Each source of a recipe with the paths that `--data NAME=PATH` gave it.
+
+    A recipe without `sources` reads what `--data` names, all by default. Raises
+    RecipeError for a `--data` that the recipe does not list, and for none at all.
+    """
+    sources = sources or {name: Source.model_validate({}) for name in data}
+    unknown = [name for name in data if name not in sources]
+    if unknown:
+        raise RecipeError(
+            f"--data {unknown[0]}",
+            "not a dataset of the recipe",
+            f"its sources: {', '.join(sources)}",
+        )
+    if not sources:
+        raise RecipeError("--data", "no dataset given", "add --data NAME=PATH")
+    return [(name, source, data.get(name, [])) for name, source in sources.items()]
+
+
+def files_of(name: str, source: Source, paths: list[Path]) -> list[Path]:
+    """The files a source reads, in reading order; none for a hub dataset.
+
+    Raises DataError where a path is missing or is no data file.
+    """
+    if source.hf:
+        folder = local_folder(source, paths)
+        if folder is None:
+            return []
+        if not folder.is_dir():
+            raise DataError(str(folder), f"no such folder (dataset `{name}`)")
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    if not paths:
+        raise DataError(
+            f"dataset `{name}`", "no files were given", "add --data NAME=PATH"
+        )
+    result = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if _stem(p).suffix in IN_FOLDERS)
+            if not inside:
+                raise DataError(
+                    str(path), "the folder holds no data files", f"read are {READABLE}"
+                )
+            result += inside
+        elif path.exists():
+            result.append(path)
+        else:
+            raise DataError(str(path), f"no such file (dataset `{name}`)")
+    return result
+
+
+def local_folder(source: Source, paths: list[Path]) -> Path | None:
+    """Folder of a Hugging Face dataset on this machine; None for one on the hub."""
+    if paths:
+        return paths[0]
+    if source.hf and not HUB_NAME.match(source.hf):
+        return Path(source.hf)
+    return None
+
+
+def read_rows(
+    name: str,
+    source: Source,
+    paths: list[Path],
+    take: Callable[[Row], Taken],
+) -> RowReader[Taken]:
+    """Read a source; iterate the result for pairs `(take(row), "file:line")`.
+
+    `take` picks from a row what the stage needs, and raises BadRow for a row it
+    cannot use. Raises DataError as the module says, while it is iterated.
+    """
+    return RowReader(name, source, paths, take)
+
+
+class RowReader(Generic[Taken]):
+    """One source's rows, once; counts `num_rows`, `num_bad` and bytes on the way."""
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        paths: list[Path],
+        take: Callable[[Row], Taken],
+    ) -> None:
+        self.name, self.source, self.paths, self.take = name, source, paths, take
+        self.num_rows = self.num_bad = 0
+        self.files = files_of(name, source, paths)
+        self.bytes_total = sum(path.stat().st_size for path in self.files)
+        self._bytes_before = 0
+        self._position: Callable[[], int] = lambda: 0
+        self._examples: list[str] = []
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the files read so far, as they lie on disk; 0 for hub datasets."""
+        return self._bytes_before + self._position()
+
+    def __iter__(self) -> Iterator[tuple[Taken, str]]:
+        looked_on = 0
+        for where, row in self._rows():
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if not isinstance(row, dict):
+                    raise BadRow(f"is {type(row).__name__}, not an object")
+                taken = self.take(row)
+            except BadRow as bad:
+                self._leave_out(f"{where}: {bad}")
+            else:
+                if self.num_bad <= self.source.max_bad_rows:
+                    self.num_rows += 1
+                    yield taken, where
+            if self.num_bad > self.source.max_bad_rows:
+                looked_on += 1
+                enough = self.num_bad >= self.source.max_bad_rows + EXAMPLES
+                if enough or looked_on > LOOK_ON_ROWS:
+                    break
+        if self.num_bad > self.source.max_bad_rows:
+            raise self._too_many()
+        if not self.num_rows:
+            raise DataError(f"dataset `{self.name}`", "holds no usable row")
+
+    def _leave_out(self, what: str) -> None:
+        self.num_bad += 1
+        if len(self._examples) < EXAMPLES:
+            self._examples.append(what)
+        if self.num_bad <= self.source.max_bad_rows:
+            print(f"bad row left out: {what}", file=sys.stderr)
+
+    def _too_many(self) -> DataError:
+        return DataError(
+            f"dataset `{self.name}`",
+            f"bad rows, more than the {self.source.max_bad_rows} allowed:\n  "
+            + "\n  ".join(self._examples),
+            "mend the rows, or allow them to be left out with "
+            f"`max_bad_rows` of data.{self.name}",
+        )
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        if self.source.hf:
+            yield from self._dataset()
+            return
+        readers = {LINES: self._lines, PARQUET: self._parquet, TEXT: self._text}
+        for path in self.files:
+            found = 0
+            for found, item in enumerate(readers[_format(path)](path), 1):  # noqa: B007
+                yield item
+            if not found:
+                raise DataError(str(path), "holds no rows")
+            self._position = lambda: 0
+            self._bytes_before += path.stat().st_size
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[io.BufferedReader]:
+        """A file's bytes, unpacked; what cannot be read is a DataError."""
+        try:
+            with path.open("rb") as raw:
+                self._position = lambda: 0 if raw.closed else raw.tell()
+                if path.suffix in PACKED:
+                    import pyarrow
+
+                    unpacked: Any = pyarrow.CompressedInputStream(
+                        pyarrow.PythonFile(raw, "r"), PACKED[path.suffix]
+                    )
+                    yield io.BufferedReader(unpacked, 1 << 20)
+                else:
+                    yield raw
+        except OSError as error:
+            raise DataError(
+                str(path),
+                f"cannot be read to its end: {error}",
+                "if the file is cut short or damaged, copy it again",
+            ) from error
+
+    def _lines(self, path: Path) -> Iterator[tuple[str, Any]]:
+        import orjson
+
+        with self._open(path) as stream:
+            for number, line in enumerate(stream, 1):
+                if number == 1:
+                    line = _first_line(path, line)
+                if not line or line.isspace():
+                    continue
+                try:
+                    row = orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    row = BadRow(_json_fault(line, error))
+                yield f"{path}:{number}", row
+
+    def _text(self, path: Path) -> Iterator[tuple[str, Any]]:
+        with self._open(path) as stream:
+            content = stream.read()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                str(path),
+                f"not UTF-8: {error.reason} at byte {error.start}",
+                "convert it with `iconv -t utf-8`",
+            ) from error
+        if text:
+            yield str(path), {self.source.column or "text": text}
+
+    def _parquet(self, path: Path) -> Iterator[tuple[str, Any]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        number, size = 0, path.stat().st_size
+        try:
+            with parquet.ParquetFile(path) as file:
+                num_rows = max(1, file.metadata.num_rows)
+                self._position = lambda: size * number // num_rows
+                for batch in file.iter_batches(batch_size=256):
+                    for row in _batch_rows(batch):
+                        number += 1
+                        yield f"{path}:{number}", row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(str(path), f"cannot be read as parquet: {error}") from error
+
+    def _dataset(self) -> Iterator[tuple[str, Any]]:
+        """Rows of a Hugging Face dataset; code of its own is never run."""
+        import datasets
+
+        source, folder = self.source, local_folder(self.source, self.paths)
+        where = f"{folder or source.hf}[{source.split}]"
+        if folder is None and source.revision is None:
+            raise RecipeError(
+                f"data.{self.name}.revision",
+                f"missing: `{source.hf}` may change on the hub",
+                "name a commit of the dataset, 40 hex digits",
+            )
+        try:
+            if folder is None:
+                rows: Any = datasets.load_dataset(
+                    source.hf, split=source.split, revision=source.revision
+                )
+            elif (folder / "dataset_dict.json").exists():
+                rows = datasets.load_from_disk(str(folder))[source.split]
+            elif (folder / "state.json").exists():
+                rows = datasets.load_from_disk(str(folder))
+            else:
+                rows = datasets.load_dataset(
+                    str(folder), split=source.split, streaming=True
+                )
+            for number, row in enumerate(rows, 1):
+                yield f"{where}:{number}", row
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            raise DataError(
+                where,
+                f"cannot be read: {type(error).__name__}: {error}",
+                "is the name, split and revision right, and the hub within reach?",
+            ) from error
+
+
+def _stem(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in PACKED else path
+
+
+def _format(path: Path) -> str:
+    result = FORMATS.get(_stem(path).suffix)
+    if result is None or (result == PARQUET and path.suffix in PACKED):
+        raise DataError(
+            str(path), "not a kind of file read here", f"read are {READABLE}"
+        )
+    if not path.stat().st_size:
+        raise DataError(str(path), "the file is empty")
+    return result
+
+
+def _first_line(path: Path, line: bytes) -> bytes:
+    """A file's first line without its byte order mark; tells what no lines follow."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(
+            str(path), "UTF-16, not UTF-8", "convert it with `iconv -t utf-8`"
+        )
+    line = line.removeprefix(b"\xef\xbb\xbf")
+    if line.strip() in (b"[", b"[{"):
+        raise DataError(
+            str(path), "one JSON array, not an object a line", "convert it: jq -c '.[]'"
+        )
+    return line
+
+
+def _json_fault(line: bytes, error: Any) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as fault:
+        return f"not UTF-8: {fault.reason} at byte {fault.start} of the line"
+    if "surrogate" in error.msg:
+        return f"a lone surrogate at character {error.pos} of the line"
+    return f"not JSON: {error.msg} at character {error.pos} of the line"
+
+
+def _batch_rows(batch: Any) -> list[Any]:
+    rows: list[Any] = []
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(batch)):
+            try:
+                rows += batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as fault:
+                rows.append(BadRow(f"not UTF-8: {fault.reason}"))
+    return rows

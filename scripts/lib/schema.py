@@ -1,0 +1,299 @@
+"""The configuration's schema: what a user may write, and what each key means.
+
+Every section but `placement` is *identity*: a stage reruns when its own settings
+change. `placement` says where and how a stage runs and reruns nothing.
+The README's config reference is generated from the descriptions below.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+NodeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, no changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Rows(Strict):
+    """How to read one source of rows; shared by files and hub datasets."""
+
+    column: str | None = Field(
+        None,
+        description="Column to read. Default: `text` for documents, `messages` for "
+        "chats; prompts read `input` and `output`.",
+    )
+    max_bad_rows: Annotated[int, Field(ge=0)] = Field(
+        0, description="Bad rows allowed before the stage fails; each is reported."
+    )
+
+
+class Data(Rows):
+    """A dataset of your own: files, or a Hugging Face dataset at a pinned revision."""
+
+    files: Names | None = Field(
+        None,
+        description="Path, glob, or list of them: .jsonl, .parquet or .txt, plain, "
+        ".gz or .zst.",
+    )
+    hf: str | None = Field(
+        None, description="Hugging Face dataset: `org/name`, or a local folder."
+    )
+    split: str = Field("train", description="Split of the Hugging Face dataset.")
+    revision: Revision | None = Field(
+        None, description="Commit of the Hugging Face dataset, 40 hex digits."
+    )
+
+
+class Generate(Strict):
+    """Data from the project's own deterministic generator: arithmetic."""
+
+    kind: Literal["documents", "chats", "prompts", "heldout"] = Field(
+        description="What to make: text for pretraining, chats for SFT, prompts with "
+        "checkable answers for GRPO, or the held-out set for eval."
+    )
+    count: Positive = Field(description="Rows to make.")
+    max_operand: Positive = Field(99, description="Largest operand of a sum.")
+    seed: int = Field(0, description="Seed of the rows' order and wording.")
+
+
+class Source(Rows):
+    """One dataset as a stage sees it; its files come by `--data NAME=PATH`."""
+
+    weight: Rate = Field(1.0, description="Share of the blend, relative to the others.")
+    hf: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class Sources(Strict):
+    """A recipe that reads rows: the datasets by name, in the blend's order."""
+
+    sources: dict[str, Source] = Field({}, exclude=True)
+
+
+class TokenizerRecipe(Sources):
+    """A byte-level BPE tokenizer trained on data, or a ready one."""
+
+    vocab_size: Positive | None = Field(None, description="Entries, specials included.")
+    hf: str | None = Field(None, description="Ready tokenizer on the hub: `org/name`.")
+    revision: Revision | None = Field(None, description="Its commit, 40 hex digits.")
+
+
+class Tokenizer(TokenizerRecipe):
+    data: Names | None = Field(None, description="Datasets to train on.")
+    path: str | None = Field(None, description="Folder of a ready tokenizer.")
+    chat_template: str | None = Field(
+        None,
+        description="Jinja file with `{% generation %}`; required when training one.",
+    )
+
+
+class TokenizeRecipe(Sources):
+    """Documents to Megatron bin/idx shards and a weighted blend."""
+
+    append_eod: bool = Field(True, description="End each document with the EOD token.")
+
+
+class Tokenize(TokenizeRecipe):
+    tokenizer: str = Field(description="Tokenizer node.")
+    data: dict[str, Rate] | Names = Field(
+        description="Datasets; with weights as a mapping `name: weight`."
+    )
+
+
+class PackRecipe(Sources):
+    """Chats to packed rows (parquet: input_ids, loss_mask, seq_start_id)."""
+
+    sequence_length: Positive = Field(description="Tokens a packed row holds.")
+    seed: int = Field(0, description="Seed of the rows' order.")
+
+
+class Pack(PackRecipe):
+    tokenizer: str = Field(description="Tokenizer node.")
+    data: Names = Field(description="Datasets with `messages`.")
+
+
+class PromptsRecipe(Sources):
+    """RL prompts with answers, split into train and validation."""
+
+    max_prompt_tokens: Positive = Field(description="Longest prompt, rendered as chat.")
+    validation_fraction: Fraction = Field(0.05, description="Share held back.")
+    seed: int = Field(0, description="Seed of the order and the split.")
+
+
+class Prompts(PromptsRecipe):
+    tokenizer: str = Field(description="Tokenizer node, to measure prompts with.")
+    data: Names = Field(description="Datasets with `input` and `output`.")
+
+
+class TrainingRecipe(Strict):
+    """Settings every trainer shares."""
+
+    steps: Positive = Field(description="Optimizer steps; done means this step.")
+    batch_size: Positive = Field(description="Sequences an optimizer step.")
+    lr: Rate = Field(description="Peak learning rate.")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = (
+        Field("cosine", description="Schedule after the warmup.")
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Warmup steps.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's.")
+    max_grad_norm: Rate = Field(1.0, description="Gradient clipping.")
+    log_steps: Positive = Field(10, description="Steps between two logged points.")
+    seed: int = Field(17, description="Seed of weights, order and sampling.")
+
+
+class PretrainRecipe(TrainingRecipe):
+    """Train a model from its definition on a blend of tokens."""
+
+    sequence_length: Positive = Field(description="Tokens a sequence.")
+
+
+class Pretrain(PretrainRecipe):
+    model: str = Field(description="Folder in config/models with a config.json.")
+    data: str = Field(description="Tokenize node.")
+
+
+class SftRecipe(TrainingRecipe):
+    """Fine-tune on packed chats; the loss is on the assistant's tokens."""
+
+
+class Sft(SftRecipe):
+    from_: str = Field(
+        alias="from", description="Parent: a pretrain, sft or grpo node."
+    )
+    data: str = Field(description="Pack node.")
+
+
+class GrpoRecipe(TrainingRecipe):
+    """Group relative policy optimization with checked answers as reward."""
+
+    environment: Literal["math"] = Field(
+        "math", description="Where rewards come from: `math` checks the answer."
+    )
+    num_generations: Annotated[int, Field(ge=2)] = Field(
+        8, description="Completions a prompt; divides batch_size."
+    )
+    max_completion_tokens: Positive = Field(description="Longest completion.")
+    temperature: Rate = Field(1.0, description="Sampling temperature.")
+    beta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the KL term against the parent."
+    )
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = (
+        Field("constant", description="Schedule after the warmup.")
+    )
+
+
+class Grpo(GrpoRecipe):
+    from_: str = Field(
+        alias="from", description="Parent: a pretrain, sft or grpo node."
+    )
+    data: str = Field(description="Prompts node.")
+
+
+class ExportRecipe(Strict):
+    """Publish a checkpoint as a Hugging Face folder, checked against its source."""
+
+
+class Export(ExportRecipe):
+    from_: str = Field(
+        alias="from", description="Parent: a pretrain, sft or grpo node."
+    )
+
+
+class EvalRecipe(Strict):
+    """Score models on held-out tasks: the same items for all of them."""
+
+    limit: Positive | None = Field(None, description="Only the first items of a task.")
+    max_new_tokens: Positive = Field(32, description="Longest answer.")
+    batch_size: Positive = Field(128, description="Items generated at once.")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.95, description="Level of the scores' Wilson intervals."
+    )
+    num_samples: Annotated[int, Field(ge=0)] = Field(
+        8, description="Answers kept for the report, a task and model."
+    )
+
+
+class Task(Strict):
+    """One lm-evaluation-harness task and the held-out data it runs on."""
+
+    file: str = Field(description="Task file of lm-evaluation-harness (YAML).")
+    data: str = Field(description="Dataset with `input` and `output`.")
+
+
+class Eval(EvalRecipe):
+    from_: Names = Field(alias="from", description="Nodes to score.")
+    tasks: Annotated[dict[NodeName, Task], Field(min_length=1)] = Field(
+        description="Tasks by name."
+    )
+
+
+class ReportRecipe(Strict):
+    """One HTML page: lineage, curves, scores, samples, configs, versions, times."""
+
+    title: str = Field("Training report", description="Heading of the page.")
+
+
+class Report(ReportRecipe):
+    from_: Names | None = Field(
+        None, alias="from", description="Eval nodes to show. Default: all."
+    )
+
+
+class Placement(Strict):
+    """Where and how a node runs. Changing this reruns nothing."""
+
+    cpus: Positive = Field(1, description="CPU cores.")
+    memory_gb: Rate = Field(2.0, description="Main memory, GB.")
+    nodes: Positive = Field(1, description="Machines.")
+    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs a machine.")
+    minutes: Positive = Field(30, description="Time limit.")
+    save_steps: Positive = Field(100, description="Steps between two saves in work/.")
+
+
+class Config(Strict):
+    """The whole pipeline in one file."""
+
+    extends: str | None = Field(
+        None,
+        description="Another config, relative to this one, that this one overlays.",
+    )
+    engine: Literal["transformers"] = Field(
+        "transformers", description="Who trains. `nvidia` is not here yet."
+    )
+    data: dict[NodeName, Data] = Field({}, description="Your datasets by name.")
+    generate: dict[NodeName, Generate] = {}
+    tokenizer: dict[NodeName, Tokenizer] = {}
+    tokenize: dict[NodeName, Tokenize] = {}
+    pack: dict[NodeName, Pack] = {}
+    prompts: dict[NodeName, Prompts] = {}
+    pretrain: dict[NodeName, Pretrain] = {}
+    sft: dict[NodeName, Sft] = {}
+    grpo: dict[NodeName, Grpo] = {}
+    export: dict[NodeName, Export] = {}
+    eval: dict[NodeName, Eval] = {}
+    report: dict[NodeName, Report] = {}
+    placement: dict[str, dict[str, Any]] = Field(
+        {},
+        description="By stage, then by node; `default` at either level is the base.",
+    )

@@ -1,0 +1,136 @@
+"""The stages: which script runs each, what it publishes, which packages it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from scripts.lib import schema
+
+_HF = ("tokenizers", "transformers")
+_TRAIN = (*_HF, "torch", "accelerate", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of node.
+
+    `content` is the folder of an artifact that descendants read. `packages` are
+    those whose version can change a result: they are part of a node's identity,
+    at the version that the engine's lock pins.
+    """
+
+    name: str
+    script: str
+    content: str
+    node: type[BaseModel]
+    recipe: type[BaseModel]
+    packages: tuple[str, ...] = ()
+    trains: bool = False
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "generate",
+            "scripts.data.generate",
+            "data",
+            schema.Generate,
+            schema.Generate,
+        ),
+        Stage(
+            "tokenizer",
+            "scripts.data.tokenizer",
+            "model",
+            schema.Tokenizer,
+            schema.TokenizerRecipe,
+            _HF,
+        ),
+        Stage(
+            "tokenize",
+            "scripts.data.tokenize",
+            "data",
+            schema.Tokenize,
+            schema.TokenizeRecipe,
+            (*_HF, "numpy"),
+        ),
+        Stage(
+            "pack",
+            "scripts.data.pack",
+            "data",
+            schema.Pack,
+            schema.PackRecipe,
+            (*_HF, "jinja2", "numpy", "pyarrow"),
+        ),
+        Stage(
+            "prompts",
+            "scripts.data.prompts",
+            "data",
+            schema.Prompts,
+            schema.PromptsRecipe,
+            (*_HF, "jinja2"),
+        ),
+        Stage(
+            "pretrain",
+            "scripts.transformers.pretrain",
+            "model",
+            schema.Pretrain,
+            schema.PretrainRecipe,
+            _TRAIN,
+            trains=True,
+        ),
+        Stage(
+            "sft",
+            "scripts.transformers.sft",
+            "model",
+            schema.Sft,
+            schema.SftRecipe,
+            (*_TRAIN, "trl", "datasets"),
+            trains=True,
+        ),
+        Stage(
+            "grpo",
+            "scripts.transformers.grpo",
+            "model",
+            schema.Grpo,
+            schema.GrpoRecipe,
+            (*_TRAIN, "trl", "datasets", "math-verify"),
+            trains=True,
+        ),
+        Stage(
+            "export",
+            "scripts.transformers.export",
+            "model",
+            schema.Export,
+            schema.ExportRecipe,
+            (*_HF, "torch", "safetensors"),
+        ),
+        Stage(
+            "eval",
+            "scripts.eval",
+            "scores",
+            schema.Eval,
+            schema.EvalRecipe,
+            (*_HF, "torch", "lm-eval", "datasets", "scipy"),
+        ),
+        Stage(
+            "report",
+            "scripts.report",
+            "page",
+            schema.Report,
+            schema.ReportRecipe,
+            ("plotly", "jinja2", "matplotlib", "networkx"),
+        ),
+    )
+}
+
+DATA = ("generate", "tokenizer", "tokenize", "pack", "prompts")
+"""Stages that prepare data; they run on CPUs and finish before training starts."""
+
+MODELS = ("pretrain", "sft", "grpo", "export")
+"""Stages whose artifact is a model; their nodes' names are unique together."""
+
+PARENTS = ("pretrain", "sft", "grpo")
+"""Stages that a post-training node may start from."""

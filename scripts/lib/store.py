@@ -1,0 +1,454 @@
+"""The bridge between dvc.lock, the only record of what is built, and Snakemake.
+
+A node's manifest, state/<stage>/<node>.json, exists if and only if dvc.lock records
+the node with the settings, code, files and parents' content it has today, and its
+artifact, where it is here at all, is what was recorded. So "output missing" is the
+only trigger Snakemake needs:
+
+sync()     when the Snakefile is read: dvc.lock and the files decide which exist
+hold()     when a run starts: until it ends nobody else decides
+refresh()  after each node: what came out the same stops there
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import IO, Any
+
+from ruamel.yaml import YAML
+
+from scripts.lib.digest import Cache, Memory, write_atomic
+from scripts.lib.errors import UserError
+from scripts.lib.graph import Graph, Node
+
+STATE = Path("state")
+GRAPH = STATE / "graph.json"
+PARAMS = Path("config/params.yaml")
+LOCK = Path("dvc.lock")
+IN_RUN = "PIPELINE_RUN"
+"""Environment variable that tells a job that the graph and manifests are decided."""
+
+MAY = "if "
+NEVER = "never built"
+
+
+def load_yaml(path: Path) -> Any:
+    """A YAML file by the loader DVC uses; empty where there is none."""
+    return (YAML(typ="safe").load(path) or {}) if path.exists() else {}
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML that the loaders of YAML 1.1 and 1.2 read alike."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 88
+    yaml.representer.ignore_aliases = lambda *_: True
+    text = StringIO()
+    yaml.dump(data, text)
+    return text.getvalue()
+
+
+def shown(value: object) -> str:
+    """A setting as one would write it: 1.0e-5, not 1e-05."""
+    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, _, exponent = f"{value!r}".partition("e")
+        if exponent:
+            mantissa += "" if "." in mantissa else ".0"
+            return f"{mantissa}e{int(exponent)}"
+    return "unset" if value is None else str(value)
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """`key old -> new` for each setting that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*new, *old])
+        below = [(f"{at}.{k}" if at else str(k), k) for k in keys]
+        return [
+            d for name, k in below for d in differences(old.get(k), new.get(k), name)
+        ]
+    return [] if old == new else [f"{at} {shown(old)} -> {shown(new)}"]
+
+
+@dataclass
+class Record:
+    """What dvc.lock says of one node: digests by path."""
+
+    outs: dict[str, str] = field(default_factory=dict)
+    deps: dict[str, str] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    @classmethod
+    def of(cls, entry: dict[str, Any], params_key: str = "") -> Record:
+        params = entry.get("params", {}).get(str(PARAMS), {}).get(params_key, {})
+        return cls(
+            {o["path"]: o["md5"] for o in entry.get("outs", [])},
+            {d["path"]: d["md5"] for d in entry.get("deps", [])},
+            params,
+            entry.get("cmd", ""),
+        )
+
+
+def read_lock() -> dict[str, dict[str, Any]]:
+    """The entries of dvc.lock by DVC stage.
+
+    Raises UserError where it is not YAML, such as after a git merge.
+    """
+    try:
+        stages = load_yaml(LOCK).get("stages", {})
+    except Exception as error:
+        raise UserError(
+            str(LOCK),
+            f"cannot be read: {str(error).splitlines()[0]}",
+            "resolve its merge, or take one side: git checkout --theirs dvc.lock",
+        ) from error
+    return dict(stages)
+
+
+class Store:
+    """A graph beside what is recorded and what is on disk."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.cache = Cache()
+        self.raw = Memory(STATE / "files.json")
+        self.held: IO[str] | None = None
+        self.own: dict[str, list[str]] = {}
+        self.records: dict[str, Record] = {}
+        self.why: dict[str, list[str]] = {}
+
+    # ---- what DVC reads: dvc.yaml and the parameters ------------------------------
+
+    def declarations(self) -> dict[Path, str]:
+        """The text of dvc.yaml and of the parameters, as the graph has them."""
+        graph = self.graph
+        inputs = [*graph.config_files, "envs/transformers.lock", "scripts"]
+        stages: dict[str, Any] = {
+            "plan": {
+                "cmd": f"python -m scripts.lib.plan --config {graph.config} --write",
+                "deps": sorted(inputs),
+                "outs": [{str(PARAMS): {"cache": False}}],
+            }
+        }
+        params: dict[str, dict[str, Any]] = {}
+        for node in graph.nodes.values():
+            params.setdefault(node.stage, {})[node.name] = node.params
+            stages[node.dvc] = {
+                "cmd": node.command,
+                "deps": [*node.artifacts, *node.files],
+                "params": [{str(PARAMS): [f"{node.stage}.{node.name}"]}],
+                "outs": node.outs,
+            }
+            if not stages[node.dvc]["deps"]:
+                del stages[node.dvc]["deps"]
+        note = (
+            f"# Generated from {graph.config} by `make plan`: edit that file instead.\n"
+        )
+        return {
+            Path("dvc.yaml"): note + dump_yaml({"stages": stages}),
+            PARAMS: note + dump_yaml(params),
+        }
+
+    def declare(self) -> bool:
+        """Write dvc.yaml and the parameters where they differ; record the plan stage.
+
+        True where dvc.yaml itself changed.
+        """
+        rewritten = False
+        for path, text in self.declarations().items():
+            if not path.exists() or path.read_text() != text:
+                write_atomic(path, text)
+                rewritten |= path.name == "dvc.yaml"
+        write_atomic(GRAPH, self.graph.to_json())
+        return rewritten
+
+    def plan_recorded(self) -> bool:
+        """Whether dvc.lock has the plan stage as the files are now."""
+        declared = load_yaml(Path("dvc.yaml"))["stages"]["plan"]
+        record = Record.of(read_lock().get("plan", {}))
+        now = {path: self.raw.recorded_as(Path(path)) for path in declared["deps"]}
+        return (
+            record.command == declared["cmd"]
+            and record.deps == now
+            and record.outs == {str(PARAMS): self.raw.recorded_as(PARAMS)}
+        )
+
+    # ---- what is recorded, what is here -------------------------------------------
+
+    def digest(self, path: str) -> str:
+        """What DVC would record for a file or folder of the project's own."""
+        found = self.raw.recorded_as(Path(path))
+        if found is None:  # tracked by DVC and not pulled
+            outs = load_yaml(Path(f"{path}.dvc")).get("outs", [{}])
+            found = outs[0].get("md5", "missing")
+        return found
+
+    def memory(self, node: Node) -> Memory:
+        """The digests of a node's published files, as last seen in this folder."""
+        return Memory(STATE / node.stage / f"{node.name}.files.json")
+
+    def damage(self, node: Node, outs: dict[str, str]) -> list[str]:
+        """How the artifact here is not what was recorded; nothing if it never was here.
+
+        Files linked to DVC's cache and not seen before are taken as recorded:
+        DVC verified them when it made the link.
+        """
+        memory = self.memory(node)
+        found = []
+        for out, recorded in outs.items():
+            path = Path(out)
+            if not path.exists():
+                if any(k == out or k.startswith(f"{out}/") for k in memory.known):
+                    found.append(f"{out} was deleted")
+                continue
+            listed = self.cache.listing(recorded) if path.is_dir() else {"": recorded}
+            for name, md5 in (listed or {}).items():
+                one = path / name if name else path
+                if str(one) not in memory.known and _same_file(
+                    one, self.cache.object(md5)
+                ):
+                    memory.remember(one, md5)
+            if memory.recorded_as(path) != recorded:
+                found += self._edits(path, listed, memory) or [f"{out} was changed"]
+        if not found:
+            memory.save()
+        return found
+
+    def _edits(
+        self, path: Path, listed: dict[str, str] | None, memory: Memory
+    ) -> list[str]:
+        if not path.is_dir():
+            return [f"{path} was changed"]
+        if listed is None:
+            return []
+        now = memory.files(path)
+        names = sorted(set(now) | set(listed))
+        verb = {(False, True): "deleted", (True, False): "added"}
+        return [
+            f"{path / n} was {verb.get((n in now, n in listed), 'changed')}"
+            for n in names
+            if now.get(n) != listed.get(n)
+        ]
+
+    def read(self) -> None:
+        """Compare dvc.lock and the files with the graph, each node by itself."""
+        entries = read_lock()
+        self.records, self.own = {}, {}
+        for node in self.graph.nodes.values():
+            entry = entries.get(node.dvc)
+            if entry is None:
+                self.own[node.id] = [NEVER]
+                continue
+            record = Record.of(entry, f"{node.stage}.{node.name}")
+            self.records[node.id] = record
+            self.own[node.id] = self._changes(node, record)
+            if not self.own[node.id]:
+                self.own[node.id] = [
+                    f"{problem}: restore it"
+                    for problem in self.damage(node, record.outs)
+                ]
+        self._find_lost()
+        self.raw.save()
+
+    def _changes(self, node: Node, record: Record) -> list[str]:
+        was, now = record.params, node.params
+        changes = differences(was.get("recipe"), now["recipe"])
+        for file in sorted({*was.get("code", {}), *now["code"]}):
+            if was.get("code", {}).get(file) != now["code"].get(file):
+                changes.append(f"{file} changed")
+        changes += differences(was.get("packages", {}), now.get("packages", {}))
+        if record.command != node.command:
+            changes.append("its command changed")
+        if set(record.outs) != set(node.outs):
+            changes.append("what it publishes changed")
+        for file in node.files:
+            if file not in record.deps:
+                changes.append(f"{file} is new to it")
+            elif record.deps[file] != self.digest(file):
+                changes.append(f"{file} changed")
+        gone = set(record.deps) - set(node.files) - set(node.artifacts)
+        changes += [f"{path} is no longer read" for path in sorted(gone)]
+        return changes
+
+    def _find_lost(self) -> None:
+        """Mark what is needed, recorded, and in no cache and no remote."""
+        nodes = self.graph.nodes
+        absent = [
+            id
+            for id, record in self.records.items()
+            if not self.own[id] or all(r.endswith(": restore it") for r in self.own[id])
+            if not all(
+                (Path(out).exists() and not self.own[id]) or self.cache.holds(md5)
+                for out, md5 in record.outs.items()
+            )
+        ]
+        if not absent:
+            return
+        lost = set(self._not_in_remote([nodes[id] for id in absent]))
+        for id in reversed(nodes):
+            below = self.graph.children(id)
+            if id in lost and (
+                self.own[id] or not below or any(map(self._runs, below))
+            ):
+                self.own[id] = ["recorded, but in no cache and no remote: rebuild it"]
+
+    def _runs(self, id: str) -> bool:
+        return bool(self.own[id])
+
+    def _not_in_remote(self, absent: list[Node]) -> list[str]:
+        """Of recorded nodes that are not in the cache, those no remote holds either."""
+        memo = STATE / "remote.json"
+        known = json.loads(memo.read_text()) if memo.exists() else []
+        ask = [
+            n for n in absent if not set(self.records[n.id].outs.values()) <= set(known)
+        ]
+        if not ask:
+            return []
+        done = subprocess.run(
+            ["dvc", "status", "--cloud", "--json", *(n.dvc for n in ask)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            if "no remote" not in done.stderr.lower():
+                print(
+                    f"[plan] dvc status --cloud: {done.stderr.strip()}", file=sys.stderr
+                )
+            return [n.id for n in ask]
+        found = json.loads(done.stdout or "{}")
+        gone = {path for path, state in found.items() if state == "missing"}
+        lost = [n.id for n in ask if any(_within(p, n.outs) for p in gone)]
+        there = [n for n in ask if n.id not in lost]
+        known += [d for n in there for d in self.records[n.id].outs.values()]
+        write_atomic(memo, json.dumps(known))
+        return lost
+
+    # ---- which manifests exist ----------------------------------------------------
+
+    def settle(self, keep: bool, write: bool = True) -> dict[str, list[str]]:
+        """Make each manifest exist if and only if its node is current.
+
+        With `keep`, a manifest that is there was made in this run and stays while
+        its parents are what it was made from. Returns {node: why it is not current}.
+        """
+        outs: dict[str, dict[str, str]] = {}
+        why: dict[str, list[str]] = {}
+        for node in self.graph.nodes.values():
+            path = Path(node.manifest)
+            built = json.loads(path.read_text()) if keep and path.exists() else None
+            if built:
+                entry = Record(built["outs"], built["deps"])
+            else:
+                entry = self.records.get(node.id, Record())
+            reasons = [] if built else list(self.own[node.id])
+            for artifact in node.artifacts:
+                parent = self.graph.owner(artifact)
+                assert parent is not None
+                if parent not in outs:
+                    reasons.append(f"{MAY}{parent} changes")
+                elif artifact not in entry.deps:
+                    reasons += [f"{parent} is new to it"] * bool(entry.outs)
+                elif entry.deps[artifact] != outs[parent][artifact]:
+                    reasons.append(f"{parent} changed")
+            why[node.id] = list(dict.fromkeys(reasons))
+            if not reasons:
+                outs[node.id] = entry.outs
+                if write and not built:
+                    self.write_manifest(node, entry.outs, entry.deps)
+            elif write:
+                path.unlink(missing_ok=True)
+        self.why = why
+        return why
+
+    def write_manifest(
+        self, node: Node, outs: dict[str, str], deps: dict[str, str]
+    ) -> None:
+        read = {path: deps[path] for path in node.artifacts}
+        text = json.dumps({"node": node.id, "outs": outs, "deps": read}, indent=1)
+        write_atomic(Path(node.manifest), text)
+
+    def sync(self) -> dict[str, list[str]]:
+        """Decide which manifests exist, from dvc.lock and the files alone.
+
+        Returns {node: why it is not current}. While another run is active nothing
+        is written, and the answer is what that run has left to do.
+        """
+        STATE.mkdir(exist_ok=True)
+        with open(STATE / "run.lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(
+                    f"[plan] {_holder(lock)}; this is what it has left", file=sys.stderr
+                )
+                self.read()
+                return self.settle(keep=True, write=False)
+            self.declare()
+            if not self.plan_recorded():
+                _commit_plan()
+            self.read()
+            return self.settle(keep=False)
+
+    def hold(self) -> None:
+        """Until this process ends, be the only run in this folder.
+
+        Raises UserError where another run is active.
+        """
+        if self.held:
+            return
+        lock = open(STATE / "run.lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                str(STATE / "run.lock"),
+                _holder(lock),
+                "wait until it has finished; `make plan` shows what it has left",
+            ) from error
+        lock.truncate(0)
+        started = time.strftime("%F %T")
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}")
+        lock.flush()
+        self.held = lock
+        os.environ[IN_RUN] = "1"
+
+    def refresh(self) -> None:
+        """After a node: what became current need not run, what no longer is must."""
+        if self.held:
+            self.settle(keep=True)
+
+
+def _within(path: str, outs: list[str]) -> bool:
+    return any(path == out or path.startswith(f"{out}/") for out in outs)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except FileNotFoundError:
+        return False
+
+
+def _holder(lock: IO[str]) -> str:
+    lock.seek(0)
+    return f"another build is running in this folder: {lock.read() or 'just started'}"
+
+
+def _commit_plan() -> None:
+    """Have DVC record the plan stage, whose output was just written."""
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)
+    with Repo(_wait_for_lock=True) as repo:
+        repo.commit("plan", force=True)

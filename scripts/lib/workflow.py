@@ -1,0 +1,90 @@
+"""What the rules ask for: nodes, their inputs and manifests, their placement."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.lib import graph, plan
+from scripts.lib.errors import UserError
+from scripts.lib.graph import Graph
+from scripts.lib.store import GRAPH, IN_RUN, Store
+
+
+class Workflow:
+    """The graph and its store, as the Snakefile sees them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @classmethod
+    def at_start(cls, workflow: Any) -> Workflow:
+        """Read the config, decide what is current, and say so; leave on a mistake.
+
+        `workflow` is Snakemake's. In a job of a run that is under way, everything
+        was decided by that run.
+        """
+        os.chdir(workflow.basedir)
+        try:
+            if os.environ.get(IN_RUN) and GRAPH.exists():
+                return cls(Store(Graph.from_json(GRAPH.read_text())))
+            configs = [Path(p) for p in workflow.configfiles] or [plan.DEFAULT]
+            store = Store(graph.build(configs[-1]))
+            store.sync()
+            plan.announce(store)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        return cls(store)
+
+    def nodes(self, stage: str) -> list[str]:
+        """The names of a stage's nodes."""
+        return [n.name for n in self.store.graph.nodes.values() if n.stage == stage]
+
+    def every(self, *stages: str) -> list[str]:
+        """The manifests of all nodes, or of these stages' nodes."""
+        found = self.store.graph.nodes.values()
+        return [n.manifest for n in found if not stages or n.stage in stages]
+
+    def manifest(self, stage: str, name: str) -> str:
+        """The file that exists exactly when the node is current."""
+        return self.store.graph.nodes[f"{stage}/{name}"].manifest
+
+    def before(self, stage: str, name: str) -> Callable[[Any], list[Any]]:
+        """An input function: the manifests of all that must be ready first.
+
+        Every ancestor is listed, since Snakemake looks at a job again when any
+        checkpoint among its inputs has finished; all are `ancient`, since whether
+        a node is current is decided by content, never by time.
+        """
+        from snakemake.io import ancient
+
+        id = f"{stage}/{name}"
+
+        def inputs(wildcards: Any) -> list[Any]:
+            self.store.refresh()
+            graph = self.store.graph
+            return [ancient(graph.nodes[above].manifest) for above in graph.before(id)]
+
+        return inputs
+
+    def place(self, stage: str, name: str, key: str) -> Any:
+        """One setting of a node's placement."""
+        return self.store.graph.nodes[f"{stage}/{name}"].placement[key]
+
+    def start(self) -> None:
+        """Take this folder for the run that starts."""
+        try:
+            self.store.hold()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+
+    def finish(self) -> None:
+        """Say where the results are."""
+        self.store.settle(keep=True)
+        plan.results(self.store)

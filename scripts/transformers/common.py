@@ -1,0 +1,314 @@
+"""What the Transformers trainers share: saves, resuming, signals, and results.
+
+A save counts only with its marker, written last and holding the digest of each of
+its files; a run resumes from the newest save that its marker proves whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from scripts.lib import cli
+from scripts.lib.errors import RecipeError
+from scripts.lib.progress import Progress
+from scripts.lib.schema import TrainingRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+NOT_DONE = 75
+MARKER = "whole.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+class LossNotFinite(RuntimeError):
+    """The loss is no longer a number."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"loss is {loss} at step {step}")
+
+
+class NotDone(RuntimeError):
+    """Training came back before its last step."""
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A trainer's flags: every stage's, and --save-steps."""
+    flags = cli.parser(doc)
+    flags.add_argument(
+        "--save-steps", type=int, default=100, help="steps between two saves in --work"
+    )
+    return flags
+
+
+# --- saves -------------------------------------------------------------------
+
+
+def step_of(save: Path) -> int:
+    """The step in a save's name."""
+    return int(save.name.rpartition("-")[2])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digest of each file in a folder but the marker, by name."""
+    result = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(MARKER):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            result[str(path.relative_to(folder))] = digest
+    return result
+
+
+def mark_whole(save: Path) -> None:
+    """Write a save's marker, after its files have reached the disk."""
+    for path in save.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    temporary = save / (MARKER + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(digests(save), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(save / MARKER)
+
+
+def is_whole(save: Path) -> bool:
+    """Whether the marker is there and every file is as it says."""
+    try:
+        marked = json.loads((save / MARKER).read_text(encoding="utf-8"))
+        return bool(marked == digests(save))
+    except (OSError, ValueError):
+        return False
+
+
+def newest_whole(work: Path) -> Path | None:
+    """The newest whole save in a work folder; newer, broken ones are removed."""
+    saves = sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
+    for save in saves:
+        if is_whole(save):
+            return save
+        print(f"skipping {save.name}: not a whole save", flush=True)
+        shutil.rmtree(save)
+    return None
+
+
+# --- training ----------------------------------------------------------------
+
+
+def prepare(recipe: TrainingRecipe) -> None:
+    """Seed everything; take the number of threads from OMP_NUM_THREADS."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(recipe.seed)
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling what is empty would cost TRL's wide logit buffers more than training.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def settings(recipe: TrainingRecipe, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments all trainers take from the recipe and the flags.
+
+    Each step is logged, so that what is logged does not depend on where a run was
+    cut and resumed; `write_metrics` averages them over `log_steps`.
+    """
+    import torch
+
+    return {
+        "output_dir": str(args.work),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": recipe.lr_scheduler,
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "adam_beta2": 0.95,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": args.save_steps,
+        "save_total_limit": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def train(
+    trainer: Trainer, recipe: TrainingRecipe, args: argparse.Namespace, metric: str
+) -> bool:
+    """Train to the recipe's last step, from the newest whole save if there is one.
+
+    Returns False where SIGTERM stopped it sooner, after a save. Raises
+    LossNotFinite, and NotDone where training ends at another step.
+    """
+    from transformers import PrinterCallback, TrainerCallback
+
+    progress = Progress(args.work)
+    stop_asked = False
+
+    def ask_to_stop(signum: int, frame: Any) -> None:
+        nonlocal stop_asked
+        stop_asked = True
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> Any:
+            if stop_asked and state.global_step < recipe.steps:
+                control.should_save = True
+                control.should_training_stop = True
+            return control
+
+        def on_log(self, _: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs = kwargs["logs"]
+            if "loss" not in logs:
+                return
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    raise LossNotFinite(state.global_step, logs[name])
+            step, lr = state.global_step, logs["learning_rate"]
+            progress.report(step, recipe.steps, **{metric: logs[metric]}, lr=lr)
+            if step % recipe.log_steps == 0 or step == recipe.steps:
+                print(f"step {step} {metric} {logs[metric]:.4f}", flush=True)
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            mark_whole(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch())
+    save = newest_whole(args.work)
+    if save is not None:
+        print(f"resuming from {save.name}", flush=True)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    trainer.train(resume_from_checkpoint=str(save) if save else None)
+    step = trainer.state.global_step
+    if step < recipe.steps and stop_asked:
+        print(f"stopped at step {step} of {recipe.steps}, saved", flush=True)
+        return False
+    if step != recipe.steps:
+        raise NotDone(f"training ended at step {step} of {recipe.steps}")
+    return True
+
+
+# --- results -----------------------------------------------------------------
+
+
+def write_metrics(
+    path: Path,
+    history: list[dict[str, float]],
+    log_steps: int,
+    names: dict[str, str],
+    tokens_a_step: int = 0,
+) -> None:
+    """Write metrics.jsonl: means over each `log_steps` steps, lr as of the last.
+
+    `names` maps the trainer's names to ours, in the order of the columns; with
+    `tokens_a_step`, the tokens seen so far are added.
+    """
+    steps = [entry for entry in history if "loss" in entry]
+    last = int(steps[-1]["step"])
+    with open(path, "w", encoding="utf-8") as file:
+        window: list[dict[str, float]] = []
+        for entry in steps:
+            window.append(entry)
+            step = int(entry["step"])
+            if step % log_steps and step != last:
+                continue
+            line: dict[str, float] = {"step": step}
+            for theirs, ours in names.items():
+                values = [e[theirs] for e in window if e.get(theirs) is not None]
+                if values:
+                    line[ours] = values[-1] if ours == "lr" else fmean(values)
+            if tokens_a_step:
+                line["tokens"] = step * tokens_a_step
+            file.write(json.dumps(line) + "\n")
+            window = []
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy a tokenizer's files unchanged."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def save_model(model: PreTrainedModel, tokenizer_folder: Path, out: Path) -> None:
+    """Write a Hugging Face folder: weights, configs, and the tokenizer's files."""
+    model.config.use_cache = True
+    model.config._name_or_path = ""
+    model.save_pretrained(out)
+    copy_tokenizer(tokenizer_folder, out)
+
+
+def load_parent(parent: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A parent's model in float32, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (parent / "config.json").is_file():
+        raise RecipeError(str(parent), "holds no config.json", "give a model folder")
+    model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(parent)
+
+
+def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model the special tokens of its tokenizer."""
+    from transformers import GenerationConfig
+
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    model.generation_config = GenerationConfig(**ids)
+
+
+def repeated(num_rows: int, num_wanted: int, seed: int) -> list[int]:
+    """Row numbers in a shuffled order, epoch after epoch, `num_wanted` of them.
+
+    The order of a whole run is fixed here: a resumed run only skips.
+    """
+    import numpy as np
+
+    order: list[int] = []
+    epoch = 0
+    while len(order) < num_wanted:
+        order += np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        epoch += 1
+    return order[:num_wanted]

@@ -1,0 +1,145 @@
+"""Train a causal LM on checked answers (TRL's GRPOTrainer; CPU or one GPU).
+
+Reads   --parent   Hugging Face folder with a chat template
+        --prompts  folder with train.jsonl: input, output
+        --recipe   YAML of one `grpo:` node
+Writes  --out      Hugging Face folder; metrics.jsonl: step, reward (share of right
+                   answers), reward_std, loss, lr, grad_norm, completion_tokens,
+                   entropy (nats/token), kl (nats/token, where beta > 0)
+Raises  RecipeError, DataError before training; LossNotFinite with its step
+Resumes from the newest whole save in --work. Done at step == recipe.steps.
+
+    python -m scripts.transformers.grpo --parent P --prompts D --recipe R.yaml \\
+        --out work/try
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from scripts.lib import cli
+from scripts.lib.errors import DataError, RecipeError
+from scripts.lib.schema import GrpoRecipe
+from scripts.transformers import common
+
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
+def is_right(completion: str, answer: str) -> bool:
+    """Whether a completion's answer is `answer`.
+
+    The answer is the last \\boxed{...}, or else the whole completion. Where a plain
+    number is asked for, only that number counts: math-verify would also take the
+    sum itself, repeated, for its own result.
+    """
+    boxed = BOXED.findall(completion)
+    given, answer = (boxed[-1] if boxed else completion).strip(), answer.strip()
+    if given == answer:
+        return True
+    if NUMBER.fullmatch(answer):
+        return bool(NUMBER.fullmatch(given)) and float(given) == float(answer)
+    from math_verify import parse, verify
+
+    wanted, got = parse(f"\\boxed{{{answer}}}"), parse(completion)
+    return bool(wanted) and bool(got) and bool(verify(wanted, got))
+
+
+def correct(completions: list[Any], output: list[str], **columns: Any) -> list[float]:
+    """The `math` environment's reward: 1.0 for a right answer, else 0.0."""
+    return [
+        float(is_right(completion[0]["content"], answer))
+        for completion, answer in zip(completions, output, strict=True)
+    ]
+
+
+ENVIRONMENTS = {"math": correct}
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Prompts of a JSONL file as TRL takes them."""
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            asked, answer = str(row["input"]), str(row["output"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}", f"not a prompt: {error!r}") from error
+        prompts.append(
+            {"prompt": [{"role": "user", "content": asked}], "output": answer}
+        )
+    if not prompts:
+        raise DataError(str(path), "holds no prompts")
+    return prompts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage."""
+    flags = common.parser(__doc__)
+    flags.add_argument("--parent", type=Path, required=True, help="model folder")
+    flags.add_argument("--prompts", type=Path, required=True, help="prompts folder")
+    args = cli.parse(flags, argv)
+    recipe = cli.load_recipe(args.recipe, GrpoRecipe)
+    if recipe.batch_size % recipe.num_generations:
+        raise RecipeError(
+            f"{args.recipe} batch_size",
+            f"{recipe.batch_size} is no multiple of num_generations, "
+            f"{recipe.num_generations}",
+        )
+    prompts = read_prompts(args.prompts / "train.jsonl")
+    common.prepare(recipe)
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = common.load_parent(args.parent)
+    if not tokenizer.chat_template:
+        raise RecipeError(str(args.parent), "its tokenizer has no chat template")
+    tokenizer.padding_side = "left"
+    common.align(model, tokenizer)
+    num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations
+    order = common.repeated(len(prompts), num_prompts, recipe.seed)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=ENVIRONMENTS[recipe.environment],
+        args=GRPOConfig(
+            **common.settings(recipe, args),
+            num_generations=recipe.num_generations,
+            max_completion_length=recipe.max_completion_tokens,
+            temperature=recipe.temperature,
+            top_k=0,
+            top_p=1.0,
+            beta=recipe.beta,
+            num_iterations=1,
+            steps_per_generation=1,
+            shuffle_dataset=False,
+        ),
+        train_dataset=Dataset.from_list([prompts[i] for i in order]),
+        processing_class=tokenizer,
+    )
+    if not common.train(trainer, recipe, args, "reward"):
+        return common.NOT_DONE
+    common.align(model, tokenizer)
+    common.save_model(model, args.parent, args.out)
+    common.write_metrics(
+        args.out / "metrics.jsonl",
+        trainer.state.log_history,
+        recipe.log_steps,
+        {
+            "reward": "reward",
+            "reward_std": "reward_std",
+            "loss": "loss",
+            "learning_rate": "lr",
+            "grad_norm": "grad_norm",
+            "completions/mean_length": "completion_tokens",
+            "entropy": "entropy",
+            "kl": "kl",
+        },
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,398 @@
+"""The report page, from real files; what a browser makes of it is tested apart."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from scripts import report
+from scripts.lib.errors import DataError, RecipeError
+
+EVIL = (
+    "<b>b</b></script></style></title><script>hack()</script><img src=x onerror=hack()>"
+)
+
+
+def provenance(id, **changes):
+    return {
+        "node": id,
+        "inputs": {"artifacts/some/input": "md5:" + "0" * 32},
+        "code": "c0de",
+        "packages": {"torch": "2.9.0"},
+        "git_commit": "ab12" * 10,
+        "git_dirty": False,
+        "host": "here",
+        "python": "3.11.9",
+        "started": "2026-01-02T03:04:05+00:00",
+        "finished": "2026-01-02T03:05:05+00:00",
+        "seconds": 60.0,
+        "gpu_hours": 0.0,
+        "resumed": False,
+        **changes,
+    }
+
+
+class Build:
+    """A small pipeline's artifacts in a folder, and the page made of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.nodes: list[dict] = []
+        self.flags: list[str] = []
+        self.title = "How it went"
+
+    def node(self, id, parents=(), here=True, recipe=None, **files) -> None:
+        stage, _, name = id.partition("/")
+        self.nodes.append(
+            {
+                "id": id,
+                "stage": stage,
+                "name": name,
+                "parents": list(parents),
+                "recipe": {"seed": 17} if recipe is None else recipe,
+            }
+        )
+        folder = self.root / "artifacts" / f"n{len(self.nodes)}"
+        folder.mkdir(parents=True)
+        self.flags += ["--node", f"{id}={folder}"] if "=" not in id else []
+        if here:
+            text = json.dumps(provenance(id))
+            (folder / "provenance.json").write_text(text)
+        for path, content in files.items():
+            target = folder / path.replace("__", "/").replace("_jsonl", ".jsonl")
+            target = Path(str(target).replace("scores_json", "scores.json"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, list):
+                text = "".join(json.dumps(row) + "\n" for row in content)
+            else:
+                text = content if isinstance(content, str) else json.dumps(content)
+            target.write_text(text)
+
+    def page(self, out="page") -> str:
+        (self.root / "graph.json").write_text(json.dumps({"nodes": self.nodes}))
+        recipe = self.root / "recipe.yaml"
+        recipe.write_text(json.dumps({"title": self.title}))
+        assert (
+            report.main(
+                [
+                    *("--graph", str(self.root / "graph.json")),
+                    *("--recipe", str(recipe)),
+                    *("--out", str(self.root / out)),
+                    *self.flags,
+                ]
+            )
+            == 0
+        )
+        return (self.root / out / "report.html").read_text(encoding="utf-8")
+
+
+def losses(num, key="loss"):
+    return [{"step": 10 * i, key: 5 / i, "lr": 1e-3} for i in range(1, num + 1)]
+
+
+def scored(**models):
+    return {
+        "models": {
+            model.replace("__", "/"): {
+                "sums": {
+                    "score": right / 200,
+                    "interval": [max(0, right / 200 - 0.05), right / 200 + 0.05],
+                    "num_items": 200,
+                    "num_right": right,
+                }
+            }
+            for model, right in models.items()
+        },
+        "items": {},
+        "confidence": 0.95,
+    }
+
+
+def sample(model, given="1 + 1", answer="2", right=True):
+    return {
+        "model": model,
+        "task": "sums",
+        "input": given,
+        "expected": "2",
+        "answer": answer,
+        "right": right,
+    }
+
+
+def small(root) -> Build:
+    """A chain of four nodes with everything in it."""
+    build = Build(root)
+    build.node("pretrain/base", metrics_jsonl=losses(4), recipe={"steps": 400})
+    build.node("sft/instruct", ["pretrain/base"], model__metrics_jsonl=losses(6))
+    build.node("grpo/reasoner", ["sft/instruct"], metrics_jsonl=losses(3, "reward"))
+    models = scored(pretrain__base=2, sft__instruct=130, grpo__reasoner=180)
+    answers = [sample("pretrain/base", answer="7", right=False)]
+    answers += [sample("sft/instruct"), sample("grpo/reasoner")]
+    build.node(
+        "eval/sums",
+        ["pretrain/base", "sft/instruct", "grpo/reasoner"],
+        scores__scores_json=models,
+        scores__samples_jsonl=answers,
+    )
+    return build
+
+
+@pytest.fixture
+def build(tmp_path) -> Build:
+    return small(tmp_path)
+
+
+class Reader(HTMLParser):
+    """What a browser would run, load or show."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+        self.inside = tag
+
+    def handle_endtag(self, tag) -> None:
+        self.inside = ""
+        self.text += " " if tag in {"td", "th"} else ""
+
+    def handle_data(self, data) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.text += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    @property
+    def plots(self) -> list[dict]:
+        (at,) = (
+            at
+            for at, (_, attrs) in enumerate(t for t in self.tags if t[0] == "script")
+            if attrs.get("id") == "plots"
+        )
+        return json.loads(self.scripts[at])
+
+
+def test_summary_gives_final_score_interval_and_the_way_to_it(build):
+    assert (
+        "90.0% of sums right at grpo/reasoner (95% interval 85.0%–95.0%), "
+        "after 1.0% at pretrain/base and 65.0% at sft/instruct."
+    ) in Reader(build.page()).words
+
+
+def test_summary_takes_the_best_of_several_ends(tmp_path):
+    build = Build(tmp_path)
+    build.node("pretrain/base")
+    build.node("sft/one", ["pretrain/base"])
+    build.node("sft/two", ["pretrain/base"])
+    found = scored(pretrain__base=199, sft__one=150, sft__two=120)
+    build.node("eval/sums", ["sft/one", "sft/two"], scores__scores_json=found)
+    words = Reader(build.page()).words
+    assert "75.0% of sums right at sft/one" in words
+    assert "after 99.5% at pretrain/base." in words
+
+
+def test_every_scored_model_is_in_plot_and_table(build):
+    page = Reader(build.page())
+    assert page.plots[0]["data"][0]["x"] == [1.0, 65.0, 90.0]
+    for row in (
+        "pretrain/base 1.0% 0.0%–6.0% 2/200",
+        "sft/instruct 65.0% 60.0%–70.0% 130/200",
+        "grpo/reasoner 90.0% 85.0%–95.0% 180/200",
+    ):
+        assert row in page.words
+
+
+def test_curves_come_from_either_place_of_metrics(build):
+    _, base, instruct, reasoner = Reader(build.page()).plots
+    assert base["data"][0]["y"] == [5.0, 2.5, 5 / 3, 1.25]
+    assert len(instruct["data"][0]["x"]) == 6
+    assert reasoner["layout"]["yaxis"]["title"]["text"] == "share of right answers"
+
+
+def test_a_step_logged_twice_is_drawn_once(tmp_path):
+    build = Build(tmp_path)
+    rows = [{"step": s, "loss": v} for s, v in ((1, 9), (2, 8), (2, 7), (3, 6))]
+    build.node("pretrain/base", metrics_jsonl=rows)
+    (plot,) = Reader(build.page()).plots
+    assert plot["data"][0]["y"] == [9, 7, 6]
+
+
+def test_a_loss_that_is_not_finite_leaves_a_page_that_parses(tmp_path):
+    build = Build(tmp_path)
+    lines = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 3}\n'
+    build.node("pretrain/base", metrics_jsonl=lines)
+    (plot,) = Reader(build.page()).plots
+    assert plot["data"][0]["y"] == [3]
+
+
+def test_answers_to_one_prompt_stand_in_one_row(build):
+    page = build.page()
+    (row,) = re.findall(
+        r'<tr><th scope="row"><span class="prompt">.*?</tr>', page, re.S
+    )
+    assert [row.count(mark) for mark in ("✓ right", "✗ wrong")] == [2, 1]
+
+
+def test_same_inputs_give_same_bytes(build):
+    assert build.page("one") == build.page("two")
+
+
+def test_the_page_loads_nothing_and_has_no_inline_handlers(build):
+    page = Reader(build.page())
+    for tag, attrs in page.tags:
+        assert tag not in {"iframe", "object", "embed", "base", "img"}
+        assert not [name for name in attrs if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
+            assert attrs.get(name, "#").startswith(("#", "data:")), (tag, attrs)
+
+
+def test_policy_lets_only_the_pages_own_scripts_run(build):
+    page = Reader(build.page())
+    (policy,) = (a["content"] for _, a in page.tags if "http-equiv" in a)
+    assert "default-src 'none'" in policy
+    allowed = re.search(r"script-src ([^;]*);", policy)[1].split()
+    ran = [s for s, (_, attrs) in zip(
+        page.scripts, (t for t in page.tags if t[0] == "script"), strict=True
+    ) if "type" not in attrs]  # fmt: skip
+    digests = [hashlib.sha256(script.encode()).digest() for script in ran]
+    assert allowed == [f"'sha256-{base64.b64encode(d).decode()}'" for d in digests]
+
+
+def test_every_link_leads_somewhere_on_the_page(build):
+    tags = Reader(build.page()).tags
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for _, attrs in tags:
+        for name in ("href", "xlink:href"):
+            if attrs.get(name, "").startswith("#"):
+                assert attrs[name][1:] in ids
+
+
+def evil(root) -> Build:
+    """Markup wherever somebody else's words may come in."""
+    build = Build(root)
+    build.title = EVIL
+    id = f"sft/{EVIL.replace('=', '')}"
+    build.node(id, recipe={EVIL: EVIL, "deep": {"er": [EVIL]}}, metrics_jsonl=losses(3))
+    made = provenance(id, host=EVIL, packages={EVIL: EVIL}, git_commit=EVIL)
+    made |= {"inputs": {EVIL: EVIL}, "started": EVIL, "python": EVIL}
+    (root / "artifacts" / "n1" / "provenance.json").write_text(json.dumps(made))
+    found = scored(x=100)
+    found["models"] = {id: {EVIL: found["models"]["x"]["sums"]}}
+    rows = [{**sample(id, EVIL, EVIL), "task": EVIL, "expected": EVIL}]
+    build.node("eval/e", [id], scores__scores_json=found, scores__samples_jsonl=rows)
+    return build
+
+
+def test_markup_in_titles_names_settings_and_samples_is_inert(tmp_path):
+    page = evil(tmp_path).page()
+    assert "<script>hack" not in page and "<img" not in page
+    reader = Reader(page)
+    assert len(reader.scripts) == 3  # plots, plotly, report.js: none by EVIL
+    assert not any("hack()" in script for script in reader.scripts[1:])
+    assert "</script" not in json.dumps(reader.scripts[0])
+    assert len(reader.plots) == 2
+
+
+def test_half_a_surrogate_pair_in_an_answer_does_not_stop_the_page(tmp_path):
+    build = Build(tmp_path)
+    rows = [sample("sft/a", answer="\ud83d half")]
+    build.node("sft/a", metrics_jsonl=losses(2))
+    build.node("eval/e", ["sft/a"], scores__samples_jsonl=rows)
+    assert "? half" in build.page()
+
+
+def test_a_node_that_is_not_pulled_says_not_here(build):
+    build.node("export/nano", ["grpo/reasoner"], here=False)
+    page = build.page()
+    assert "4 of 5 nodes here" in Reader(page).words
+    assert "export/nano: missing, not here" in page
+
+
+def test_a_node_nobody_names_is_shown_as_not_here(build):
+    build.node("export/nano", ["grpo/reasoner"])
+    del build.flags[-2:]
+    assert "export/nano: missing, not here" in build.page()
+
+
+def test_the_page_does_not_list_itself(build):
+    build.node("report/main", ["eval/sums"])
+    del build.flags[-2:]
+    assert "report/main" not in build.page()
+
+
+def test_a_graph_without_evals_or_metrics_says_what_is_missing(tmp_path):
+    build = Build(tmp_path)
+    build.node("pretrain/base", here=False)
+    page = build.page()
+    words = Reader(page).words
+    for line in (
+        "No scores here: no eval node is built, or none is pulled.",
+        "No metrics here of pretrain/base.",
+        "No samples here.",
+        "No times here: they come with each artifact's provenance.",
+        "No versions here: they come with each artifact's provenance.",
+    ):
+        assert line in words
+    assert len(page) < 100_000, "plotly is not needed without plots"
+
+
+def test_an_empty_graph_gives_a_page(tmp_path):
+    assert "0 of 0 nodes here" in Reader(Build(tmp_path).page()).words
+
+
+def test_times_add_up(build):
+    assert "All 4 min 00 s" in Reader(build.page()).words
+
+
+def test_a_version_that_differs_names_its_nodes(build):
+    made = provenance("sft/instruct", packages={"torch": "2.8.0"})
+    folder = build.root / "artifacts" / "n2"
+    (folder / "provenance.json").write_text(json.dumps(made))
+    words = Reader(build.page()).words
+    assert "2.8.0 sft/instruct" in words
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "where"),
+    [
+        ("scores/scores.json", '{"models": {"a": {"t": {}}}}', r"scores\.json"),
+        ("scores/scores.json", "[]", r"scores\.json"),
+        ("scores/samples.jsonl", '{"model": "a"}\n', r"samples\.jsonl:1"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2}\n{"st', r"metrics\.jsonl:2"),
+        ("provenance.json", "{", r"provenance\.json"),
+    ],
+)
+def test_a_broken_file_is_named(build, path, text, where):
+    (build.root / "artifacts" / "n4" / path).write_text(text)
+    with pytest.raises(DataError, match=where):
+        build.page()
+
+
+def test_an_artifact_of_no_node_is_refused(build):
+    build.flags += ["--node", f"sft/other={build.root}"]
+    with pytest.raises(RecipeError, match="sft/other"):
+        build.page()
+
+
+def test_an_unknown_key_in_the_recipe_is_refused(tmp_path):
+    (tmp_path / "graph.json").write_text('{"nodes": []}')
+    (tmp_path / "recipe.yaml").write_text("titel: x\n")
+    paths = [str(tmp_path / name) for name in ("graph.json", "recipe.yaml", "page")]
+    with pytest.raises(RecipeError, match="titel"):
+        report.main(["--graph", paths[0], "--recipe", paths[1], "--out", paths[2]])

@@ -1,0 +1,203 @@
+"""A project of a few quick nodes, built once by the real tools; each test takes a copy.
+
+The rows are the generator's, laid down as a user's own files, so that tests can
+edit them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = """\
+data:
+  corpus: {files: data/corpus.jsonl}
+  chat: {files: data/chat.jsonl}
+  sums: {files: data/sums.jsonl}
+tokenizer:
+  tiny:
+    data: [corpus, chat]
+    vocab_size: 300
+    chat_template: config/models/tiny/chat_template.jinja
+tokenize:
+  corpus: {tokenizer: tiny, data: corpus}
+pack:
+  chat: {tokenizer: tiny, data: chat, sequence_length: 128}
+prompts:
+  sums: {tokenizer: tiny, data: sums, max_prompt_tokens: 64}
+pretrain:
+  base: {model: tiny, data: corpus, sequence_length: 64, steps: 4, batch_size: 8, lr: 3.0e-3}
+sft:
+  instruct: {from: base, data: chat, steps: 4, batch_size: 8, lr: 3.0e-3}
+grpo:
+  reasoner:
+    from: instruct
+    data: sums
+    steps: 2
+    batch_size: 8
+    num_generations: 4
+    max_completion_tokens: 4
+    lr: 1.0e-5
+    weight_decay: 0.1
+export:
+  nano: {from: reasoner}
+eval:
+  sums:
+    from: [base, nano]
+    limit: 20
+    tasks:
+      arithmetic: {file: config/tasks/arithmetic.yaml, data: sums}
+report:
+  main: {}
+placement:
+  default: {default: {cpus: 1, memory_gb: 1}}
+"""
+
+TRAINING = {"pretrain/base", "sft/instruct", "grpo/reasoner"}
+
+
+class Project:
+    """A folder with the pipeline in it, and what its last run did."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.output = ""
+        self.code = 0
+
+    def sh(self, *words: str, check: bool = True, **env: str) -> str:
+        done = subprocess.run(
+            words,
+            cwd=self.path,
+            env={**os.environ, **env},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=500,
+        )
+        self.output, self.code = done.stdout, done.returncode
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(words)}: {done.stdout}")
+        return done.stdout
+
+    def snakemake(self, *words: str, check: bool = True, **env: str) -> str:
+        return self.sh("snakemake", "--profile", "local", *words, check=check, **env)
+
+    def build(self, *words: str, check: bool = True, **env: str) -> dict[str, str]:
+        """Run Snakemake; {node: built|restored} of what its jobs did."""
+        text = self.snakemake(*(words or ("export",)), check=check, **env)
+        done = re.findall(r"(?m)^(\w+/\w+)  (done|restored)", text)
+        return {node: {"done": "built"}.get(how, how) for node, how in done}
+
+    def planned(self, *words: str) -> set[str]:
+        """The nodes `snakemake -n` would run or may run."""
+        text = self.sh("snakemake", "-n", "-q", "host", "--", *(words or ("export",)))
+        return set(re.findall(r"(?m)^checkpoint (\w+/\w+):", text))
+
+    def reason(self, node: str) -> str:
+        text = self.sh(sys.executable, "-m", "scripts.lib.plan")
+        (line,) = [
+            x for x in text.splitlines() if x.split()[-1:] and f" {node} " in f"{x} "
+        ]
+        return line
+
+    def dvc_clean(self) -> bool:
+        return "up to date" in self.sh("dvc", "status")
+
+    def dvc_would_run(self) -> set[str]:
+        text = self.sh("dvc", "repro", "--dry", "--allow-missing")
+        return {
+            n.replace("-", "/") for n in re.findall(r"Running stage '([^']+)'", text)
+        }
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.path / file
+        text = path.read_text()
+        assert old in text, f"{old!r} is not in {file}"
+        path.write_text(text.replace(old, new, 1))
+
+    def rows(self, file: str) -> list[str]:
+        return (self.path / file).read_text().splitlines()
+
+    def write_rows(self, file: str, rows: list[str]) -> None:
+        (self.path / file).write_text("\n".join(rows) + "\n")
+
+    def commit(self) -> None:
+        self.sh("git", "add", "-A")
+        self.sh("git", "commit", "-qm", "state", "--allow-empty")
+
+    def lock(self) -> str:
+        return (self.path / "dvc.lock").read_text()
+
+
+def make_project(path: Path, config: str = CONFIG) -> Project:
+    """The repository's files, as git has them or would, in a new folder."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, path / name)
+    (path / "config/config.yaml").write_text(config)
+    project = Project(path)
+    for kind, file, count in (
+        ("documents", "corpus", 400),
+        ("chats", "chat", 300),
+        ("prompts", "sums", 60),
+    ):
+        recipe = path / f"{kind}.yaml"
+        recipe.write_text(json.dumps({"kind": kind, "count": count, "max_operand": 9}))
+        project.sh(
+            sys.executable, "-m", "scripts.data.generate",
+            "--recipe", str(recipe), "--out", str(path / f"made/{kind}"),
+        )  # fmt: skip
+        (path / "data").mkdir(exist_ok=True)
+        shutil.copy(path / f"made/{kind}/rows.jsonl", path / f"data/{file}.jsonl")
+        recipe.unlink()
+    shutil.rmtree(path / "made")
+    project.sh("git", "init", "-q", "-b", "main")
+    project.sh("git", "config", "user.name", "a")
+    project.sh("git", "config", "user.email", "a@b.c")
+    return project
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The project with everything built, committed, and pushed to a remote."""
+    base = tmp_path_factory.mktemp("built")
+    project = make_project(base / "project")
+    remote = base / "remote"
+    project.sh("dvc", "remote", "add", "-d", "store", str(remote))
+    project.first = project.build()
+    project.commit()
+    project.sh("dvc", "push", "-q")
+    return project
+
+
+@pytest.fixture
+def project(built: Project, tmp_path: Path) -> Project:
+    """A copy of the built project, with its caches, that a test may change."""
+    copy = tmp_path / "project"
+    subprocess.run(["cp", "-a", str(built.path), str(copy)], check=True)
+    return Project(copy)
+
+
+@pytest.fixture
+def clone(built: Project, tmp_path: Path) -> Project:
+    """A fresh clone, with nothing pulled."""
+    path = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(built.path), str(path)], check=True)
+    return Project(path)
