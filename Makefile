@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(abspath $(VENV))
 export DVC_NO_ANALYTICS := 1
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
-SNAKEMAKE := snakemake --profile $(PROFILE) --configfile $(CONFIG)
+export PIPELINE_CONFIG := $(CONFIG)
 
 .PHONY: help env export plan dag chat report check test unit engine workflow docs lock clean
 
@@ -35,13 +35,13 @@ $(DEV): envs/dev.lock $(READY)
 	@touch $@
 
 export: $(READY) ## build the model: tokenize … export, eval, report
-	@$(SNAKEMAKE) export
+	@snakemake --profile $(PROFILE) export
 
 plan: $(READY) ## each node: what will happen and why
-	@python -m scripts.lib.plan --config $(CONFIG)
+	@python -m scripts.lib.plan
 
 dag: $(READY) ## draw the graph of nodes: dag.svg, dag.png
-	@python -m scripts.lib.plan --config $(CONFIG) --draw dag.svg --draw dag.png
+	@python -m scripts.lib.plan --draw dag.svg --draw dag.png
 
 chat: $(READY) ## talk to the exported model: make chat MODEL=...
 	@python -m scripts.chat $(MODEL)
@@ -55,8 +55,8 @@ check: $(DEV) ## format, lint, types, unit tests: under a minute
 	pytest -q tests/unit
 
 test: check ## everything: also the trainers and the real chain
-	pytest -q tests/engine tests/workflow
+	pytest -q -n auto tests/engine tests/workflow
 
 docs: $(DEV) ## write what is generated: the README's config reference, dvc.yaml
 	@python -m scripts.lib.docs README.md
-	@python -m scripts.lib.plan --config $(CONFIG) > /dev/null
+	@python -m scripts.lib.plan > /dev/null

@@ -18,6 +18,7 @@ Raises  RecipeError for a node that the graph lacks; DataError with the file tha
 from __future__ import annotations
 
 import base64
+import collections
 import hashlib
 import html
 import json
@@ -196,22 +197,20 @@ def score_tables(nodes: list[Node]) -> list[Table]:
         where = f"{node.folder}/scores/scores.json"
         by_task: dict[str, list[Score]] = {}
         try:
-            models = sorted(
-                node.scores["models"].items(), key=lambda m: order.get(m[0], len(order))
-            )
-            for model, tasks in models:
-                for task, found in tasks.items():
-                    low, high = found["interval"]
-                    score, low, high = map(float, (found["score"], low, high))
-                    if not all(map(math.isfinite, (score, low, high))):
-                        raise ValueError(f"{model} {task}: not finite")
-                    counts = int(found["num_items"]), int(found["num_right"])
-                    row = Score(model, score, low, high, *counts)
-                    by_task.setdefault(task, []).append(row)
-            confidence = float(node.scores.get("confidence", 0.95))
+            for found in node.scores["scores"]:
+                model, task = str(found["model"]), str(found["task"])
+                low, high = found["interval"]
+                score, low, high = map(float, (found["score"], low, high))
+                if not all(map(math.isfinite, (score, low, high))):
+                    raise ValueError(f"{model} {task}: not finite")
+                counts = int(found["num_items"]), int(found["num_right"])
+                row = Score(model, score, low, high, *counts)
+                by_task.setdefault(task, []).append(row)
+            confidence = float(node.scores["confidence"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(where, f"not of the scores' form: {error!r}") from error
         for task, scores in by_task.items():
+            scores.sort(key=lambda score: order.get(score.node, len(order)))
             tables.append(Table(node.id, task, confidence, scores))
     return tables
 
@@ -407,15 +406,19 @@ def sample_tables(nodes: list[Node]) -> list[dict[str, Any]]:
     order = {node.id: at for at, node in enumerate(nodes)}
     result = []
     for node in nodes:
-        tasks: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+        tasks: dict[str, dict[tuple[str, str, int], dict[str, Any]]] = {}
+        asked: collections.Counter[tuple[str, ...]] = collections.Counter()
         for number, row in enumerate(node.samples, 1):
             if missing := {"model", "task", "input", "answer"} - row.keys():
                 where = f"{node.folder}/scores/samples.jsonl:{number}"
                 raise DataError(where, f"lacks {', '.join(sorted(missing))}")
-            prompt = _sample_text(row["input"]), _sample_text(row.get("expected", ""))
-            answers = tasks.setdefault(str(row["task"]), {}).setdefault(prompt, {})
+            model, task = str(row["model"]), str(row["task"])
+            given, expected = map(_sample_text, (row["input"], row.get("expected", "")))
+            asked[model, task, given, expected] += 1  # a prompt may be asked twice
+            prompt = given, expected, asked[model, task, given, expected]
+            answers = tasks.setdefault(task, {}).setdefault(prompt, {})
             right = row.get("right")
-            answers[str(row["model"])] = {
+            answers[model] = {
                 "text": _sample_text(row["answer"]),
                 "right": None if right is None else bool(right),
             }
@@ -428,7 +431,7 @@ def sample_tables(nodes: list[Node]) -> list[dict[str, Any]]:
                     "models": sorted(models, key=lambda m: (order.get(m, 1 << 30), m)),
                     "rows": [
                         {"input": given, "expected": expected, "answers": answers}
-                        for (given, expected), answers in rows.items()
+                        for (given, expected, _), answers in rows.items()
                     ],
                 }
             )
@@ -504,7 +507,7 @@ def _significant(value: float) -> str:
 def _setting(value: object) -> str:
     if isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return "nothing set" if value == {} else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

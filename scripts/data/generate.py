@@ -4,6 +4,10 @@ Whether a pair of operands is held out is decided by a hash of the pair alone: n
 seed, count or kind moves it, and no held-out sum, in either order, is ever stated
 or asked in documents, chats or prompts.
 
+Chats are as people write them: in most sums that carry, the answer forgets to. A
+model that imitates them forgets too; checked answers (GRPO) can teach it better.
+Documents, prompts and held-out items hold right answers only.
+
 Reads   --recipe  YAML of one `generate:` node
 Writes  --out     rows.jsonl: {"text"}, {"messages"}, or {"input", "output"}
 Raises  RecipeError where fewer held-out items exist than are asked for
@@ -25,6 +29,7 @@ from scripts.lib.errors import RecipeError
 from scripts.lib.schema import Generate
 
 HELD_OUT_SHARE = 8
+CARRY_FORGOTTEN = 0.65
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon")
 THINGS = ("apples", "books", "coins", "eggs", "figs", "keys", "nuts", "pens", "shells")
 QUESTIONS = (
@@ -130,12 +135,19 @@ def document(rng: random.Random, largest: int) -> dict[str, Any]:
     return {"text": "\n".join(kind(rng, largest) for kind in kinds)}
 
 
+def answered(rng: random.Random, a: int, b: int) -> int:
+    """A sum as somebody answers it, who often forgets to carry."""
+    carries = a % 10 + b % 10 >= 10
+    return a + b - 10 if carries and rng.random() < CARRY_FORGOTTEN else a + b
+
+
 def chat(rng: random.Random, largest: int) -> dict[str, Any]:
     """One chat of a question and its answer, mostly a sum."""
     draw = rng.random()
     if draw < 0.90:
         a, b = operands(rng, largest)
-        asked, answer = rng.choice(QUESTIONS).format(a=a, b=b), str(a + b)
+        asked = rng.choice(QUESTIONS).format(a=a, b=b)
+        answer = str(answered(rng, a, b))
     elif draw < 0.97:
         low, high = sorted(rng.sample(range(2 * largest + 1), 2))
         first, second = rng.sample((low, high), 2)

@@ -16,6 +16,8 @@ FLOATS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
 def attest(stage: str, recipe: dict[str, Any], out: Path, parent: Path | None) -> None:
     """Check the content a stage wrote to `out`; `parent` is the model it came from.
 
+    A training stage's metrics lie beside `out`.
+
     Raises AttestError naming the file: nothing written, an empty or truncated file,
     weights that are not finite, a step that was not reached, a model that training
     left as it was.
@@ -32,7 +34,7 @@ def attest(stage: str, recipe: dict[str, Any], out: Path, parent: Path | None) -
     if stage in ("pretrain", "sft", "grpo"):
         if not weights:
             raise AttestError(str(out), "no weights: there is no .safetensors file")
-        _check_step(out / "metrics.jsonl", recipe["steps"])
+        _check_step(out.parent / "metrics.jsonl", recipe["steps"])
     if stage in ("sft", "grpo") and parent is not None:
         before = {p.name: p for p in parent.glob("*.safetensors")}
         if all(

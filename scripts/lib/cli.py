@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pydantic
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from scripts.lib.errors import RecipeError, UserError
 

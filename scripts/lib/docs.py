@@ -49,6 +49,7 @@ def kind_of(annotation: Any) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
+    """A key's default as YAML, `required`, or nothing."""
     if field.default is PydanticUndefined:
         return "required"
     if field.default is None or field.default == {}:
@@ -72,6 +73,7 @@ def table(model: type[BaseModel]) -> list[str]:
 
 
 def summary(model: type[BaseModel]) -> str:
+    """A model's docstring, or the one of the recipe it extends."""
     for one in model.__mro__:
         if one.__dict__.get("__doc__"):
             return str(one.__doc__).strip()
@@ -93,6 +95,7 @@ def reference() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Write or check the reference."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

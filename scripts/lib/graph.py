@@ -336,7 +336,9 @@ class _Builder:
 
     def node(self, stage: str, name: str) -> Node:
         settings = self.sections[stage][name]
-        parts = getattr(self, f"of_{stage}", lambda name, settings: {})(name, settings)
+        parts: dict[str, Any] = getattr(self, f"of_{stage}", lambda name, settings: {})(
+            name, settings
+        )
         recipe = self.recipe(stage, settings)
         if "sources" in parts:
             recipe["sources"] = parts["sources"]

@@ -88,9 +88,9 @@ def _canonical(node: object) -> str:
     body = fields.get("body")
     if isinstance(body, list) and body and isinstance(node, _DOCUMENTED):
         first = body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            if isinstance(first.value.value, str):
-                fields["body"] = body[1:]
+        value = first.value if isinstance(first, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            fields["body"] = body[1:]
     inner = ",".join(
         f"{name}={_canonical(value)}"
         for name, value in fields.items()

@@ -11,15 +11,23 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import sys
 from pathlib import Path
 
 from scripts.lib import cli, graph
 from scripts.lib.errors import UserError
-from scripts.lib.store import MAY, NEVER, STATE, Store
+from scripts.lib.store import HARMED, MAY, NEVER, STATE, Store
 
 FEW = 3
 DEFAULT = Path("config/config.yaml")
+CONFIG = "PIPELINE_CONFIG"
+"""Environment variable that names another config than the default."""
+
+
+def chosen_config() -> Path:
+    """The config to build: what PIPELINE_CONFIG names, else the default."""
+    return Path(os.environ.get(CONFIG) or DEFAULT)
 
 
 def state_of(store: Store, id: str) -> tuple[str, str]:
@@ -51,7 +59,7 @@ def verb(reasons: list[str]) -> str:
         return "current"
     if all(r.startswith(MAY) for r in reasons):
         return "may run"
-    if all(r.endswith("restore it") or r.startswith(MAY) for r in reasons):
+    if all(r.endswith(HARMED) or r.startswith(MAY) for r in reasons):
         return "restore"
     return "run"
 
@@ -68,9 +76,8 @@ def lines(store: Store, all_nodes: bool) -> list[str]:
     width = max((len(id) for id in shown), default=0)
     text = []
     for id, (what, reasons) in shown.items():
-        note = "; ".join(
-            r for r in reasons if what == "may run" or not r.startswith(MAY)
-        )
+        said = [r for r in reasons if what == "may run" or not r.startswith(MAY)]
+        note = "; ".join(r.removesuffix(HARMED) for r in said)
         text.append(f"{what:8} {id:{width}}  {note}".rstrip())
     return text
 
@@ -105,10 +112,11 @@ def results(store: Store) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the plan, or draw or write it."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--config", type=Path, default=DEFAULT)
+    flags.add_argument("--config", type=Path, default=chosen_config())
     flags.add_argument("--write", action="store_true", help="as DVC's plan stage")
     flags.add_argument(
         "--draw", type=Path, action="append", default=[], metavar="FILE.svg|FILE.png"

@@ -38,7 +38,7 @@ LOOK_ON_ROWS = 10_000
 KINDS: dict[type, str] = {str: "a string", list: "a list"}
 
 
-class BadRow(Exception):  # noqa: N818
+class BadRow(Exception):
     """A row that cannot be used; the message says why."""
 
 

@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from scripts.lib import cli, graph
 from scripts.lib.attest import attest
-from scripts.lib.digest import Memory, tree_digest, write_atomic
+from scripts.lib.digest import Memory, md5_file, tree_digest, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.identity import LOCK as ENVIRONMENT
@@ -61,6 +61,7 @@ def say(node: Node, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Build the node that `argv` names."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,6 +103,7 @@ class Job:
 
             logging.getLogger("dvc").setLevel(logging.WARNING)
             with Repo(_wait_for_lock=True) as repo:
+                link_only(repo)
                 for parent in self.node.parents:
                     self.fetch(repo, parent)
                 self.stage = self.collect(repo)
@@ -127,6 +129,8 @@ class Job:
 
     def fetch(self, repo: Repo, id: str) -> None:
         """See that a parent's artifact is here with the content that is recorded."""
+        from dvc.repo import lock_repo
+
         parent = self.store.graph.nodes[id]
         wanted = [p for p in self.node.artifacts if self.store.graph.owner(p) == id]
         recorded = Record.of(read_lock().get(parent.dvc, {})).outs
@@ -136,7 +140,9 @@ class Job:
         ]
         if missing:
             say(self.node, f"fetches {', '.join(missing)} from DVC")
-            checkout(repo, parent, self.store)
+            with lock_repo(repo):
+                (stage,) = repo.stage.collect(parent.dvc)
+                bring(repo, stage, Record(recorded), self.store)
             memory = self.store.memory(parent)
             missing = [
                 p for p in missing if memory.recorded_as(Path(p)) != recorded.get(p)
@@ -163,7 +169,7 @@ class Job:
             for dep in stage.deps:
                 if isinstance(dep, ParamsDependency):
                     key = f"{self.node.stage}.{self.node.name}"
-                    dep.hash_info = HashInfo("params", {key: self.node.params})
+                    dep.hash_info = HashInfo("params", {key: self.node.params})  # type: ignore[arg-type]
                 else:
                     self.deps[dep.def_path] = str(dep.hash_info.value)
         self.inputs = [(d.hash_info, d.meta) for d in stage.deps]
@@ -176,41 +182,39 @@ class Job:
     def restore(self, repo: Repo) -> bool:
         """Take the artifact from DVC's cache or remote if these inputs ran before."""
         from dvc.repo import lock_repo
-        from dvc.stage.cache import RunCacheNotFoundError
+        from dvc.stage.loader import StageLoader
 
-        record = Record.of(
-            read_lock().get(self.node.dvc, {}), f"{self.node.stage}.{self.node.name}"
-        )
-        same = record.params == self.node.params and record.deps == self.deps
-        if same and record.command == self.node.command:
-            damage = self.store.damage(self.node, record.outs)
-            checkout(repo, self.node, self.store)
-        else:
-            damage = []
-            with lock_repo(repo):
-                (stage,) = repo.stage.collect(self.node.dvc)
-                try:  # before save_deps(): it compares the recorded deps with the files
-                    repo.stage_cache.restore(stage)
-                except RunCacheNotFoundError:
+        node = self.node
+        record = Record.of(read_lock().get(node.dvc, {}), f"{node.stage}.{node.name}")
+        ours = Record(record.outs, self.deps, node.params, node.command)
+        with lock_repo(repo):
+            (stage,) = repo.stage.collect(node.dvc)
+            if record != ours:
+                self.set_inputs(stage)
+                entry = repo.stage_cache._load(stage)
+                if entry is None:
                     return False
-                record = Record.of(
-                    {
-                        "outs": [
-                            {"path": o.def_path, "md5": o.hash_info.value}
-                            for o in stage.outs
-                        ]
-                    }
-                )
-                stage.dump(update_pipeline=False)
-        if left := self.store.damage(self.node, record.outs):
-            say(self.node, f"cannot be restored, so it is rebuilt: {left[0]}")
-            return False
-        if not all(Path(out).exists() for out in record.outs):
-            say(self.node, "is in no cache and no remote, so it is rebuilt")
-            return False
+                StageLoader.fill_from_lock(stage, entry)
+                record = Record.of(entry)
+            damage = self.store.damage(node, record.outs)
+            bring(repo, stage, record, self.store)
+            left = self.store.damage(node, record.outs)
+            left += [
+                f"{out} is missing" for out in record.outs if not Path(out).exists()
+            ]
+            if left:
+                say(node, f"in no cache and no remote, so it is rebuilt: {left[0]}")
+                return False
+            stage.dump(update_pipeline=False)
         self.finish(repo, record.outs)
-        say(self.node, f"restored from DVC's cache{': ' + damage[0] if damage else ''}")
+        harm = f"{damage[0]}; " if damage and record == ours else ""
+        say(node, f"restored from DVC: {harm}{node.folder}")
         return True
+
+    def set_inputs(self, stage: PipelineStage) -> None:
+        """Give a freshly read DVC stage the inputs that this job started with."""
+        for dep, (digest, meta) in zip(stage.deps, self.inputs, strict=True):
+            dep.hash_info, dep.meta = digest, meta
 
     # ---- building --------------------------------------------------------------
 
@@ -223,8 +227,6 @@ class Job:
         self.script(content)
         parent = dict(node.flags).get("--parent")
         attest(node.stage, node.recipe, content, Path(parent) if parent else None)
-        for out in node.outs[1:-1]:  # metrics do not count as content
-            (content / Path(out).name).replace(self.out / Path(out).name)
         provenance = self.provenance(began)
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
         self.publish(repo)
@@ -257,9 +259,9 @@ class Job:
             "PYTHONHASHSEED": "0",
         }
         say(node, "resumes" if self.resumed else "starts")
-        log = Path("logs", node.stage, f"{node.name}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log = self.work / "log.txt"
         with open(log, "ab") as output:
+            self.show_log(log)
             process = subprocess.Popen(
                 command,
                 stdout=output,
@@ -274,7 +276,19 @@ class Job:
             raise UserError(node.id, "stopped by a signal after saving", "run again")
         if code:
             self.explain(code, log)
+        for out in node.outs[1:-1]:  # metrics do not count as content
+            (content / Path(out).name).replace(self.out / Path(out).name)
         (self.work / "finished").touch()
+
+    def show_log(self, log: Path) -> None:
+        """Have logs/<stage>/<node>.log be the log in the work folder.
+
+        A log of its own would be deleted by Snakemake at each start.
+        """
+        shown = Path("logs", self.node.stage, f"{self.node.name}.log")
+        shown.parent.mkdir(parents=True, exist_ok=True)
+        shown.unlink(missing_ok=True)
+        shown.symlink_to(os.path.relpath(log, shown.parent))
 
     def report_flags(self) -> list[str]:
         """What only the report wants: the graph, and every ancestor's folder."""
@@ -299,6 +313,7 @@ class Job:
     def watch(self, process: subprocess.Popen[bytes]) -> int:
         """Wait for the script; show its progress every few seconds, count its time."""
         shown, last = "", 0.0
+        trains = STAGES[self.node.stage].trains
         clock = self.work / "seconds.json"
         before = json.loads(clock.read_text()) if clock.exists() else 0.0
         began = time.monotonic()
@@ -309,7 +324,7 @@ class Job:
                 code = None
             now = time.monotonic()
             if code is not None or now - last >= 2:
-                text = progress_line(self.work / "progress.json")
+                text = progress_line(self.work / "progress.json", trains)
                 if text and text != shown:
                     say(self.node, text)
                 shown, last = text, now
@@ -322,7 +337,7 @@ class Job:
         """Raise what the script's last lines say."""
         lines = log.read_text(errors="replace").splitlines()
         if code == 1 and any(line.startswith("error: ") for line in lines[-8:]):
-            last = max(i for i, l in enumerate(lines) if l.startswith("error: "))
+            last = max(i for i, line in enumerate(lines) if line.startswith("error: "))
             text = "\n".join(lines[last:]).removeprefix("error: ")
             raise UserError(self.node.id, text)
         tail = "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
@@ -362,8 +377,9 @@ class Job:
     def publish(self, repo: Repo) -> None:
         """Hash, rename into place, record: at no time is an artifact half there."""
         folder = Path(self.node.folder)
-        memory = Memory(self.work / "digests.json")
-        sums = memory.files(self.out)
+        for path in self.out.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make 0600
+        sums = Memory(self.work / "digests.json").files(self.out)
         self.check_space(repo, sum(os.path.getsize(self.out / n) for n in sums))
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -394,7 +410,6 @@ class Job:
     def check_space(self, repo: Repo, size: int) -> None:
         """Raise before anything is moved if DVC's cache has no room for a copy."""
         cache = Path(repo.cache.local.path)
-        cache.mkdir(parents=True, exist_ok=True)
         linked = cache.stat().st_dev == self.out.stat().st_dev
         free = shutil.disk_usage(cache).free
         need = (1 << 20) if linked else size + (1 << 20)
@@ -411,8 +426,7 @@ class Job:
 
         with lock_repo(repo):
             (stage,) = repo.stage.collect(self.node.dvc)
-            for dep, (digest, meta) in zip(stage.deps, self.inputs, strict=True):
-                dep.hash_info, dep.meta = digest, meta
+            self.set_inputs(stage)
             stage.save_outs()
             stage.commit()
             repo.stage_cache.save(stage)
@@ -428,13 +442,17 @@ class Job:
         self.store.write_manifest(self.node, outs, deps)
 
 
-def progress_line(path: Path) -> str:
-    """`step 120 of 200  loss 0.431  12 s left`, or nothing before the first step."""
+def progress_line(path: Path, trains: bool) -> str:
+    """`step 120 of 200  loss 0.431  12 s left`, or nothing before the first step.
+
+    Stages that do not train show a share of their input.
+    """
     try:
         state = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return ""
-    parts = [f"step {state.pop('step')} of {state.pop('steps')}"]
+    step, steps = state.pop("step"), state.pop("steps")
+    parts = [f"step {step} of {steps}" if trains else f"{100 * step / steps:.0f}%"]
     left = state.pop("seconds_left", None)
     parts += [f"{name} {value:.4g}" for name, value in state.items()]
     if left:
@@ -444,32 +462,40 @@ def progress_line(path: Path) -> str:
     return "  ".join(parts)
 
 
-def checkout(repo: Repo, node: Node, store: Store) -> None:
+def link_only(repo: Repo) -> None:
+    """Have DVC link published files to its cache where one file system holds both.
+
+    Offered `copy` too, it leaves a copy where the cache had the file already.
+    """
+    cache = Path(repo.cache.local.path)
+    cache.mkdir(parents=True, exist_ok=True)
+    types = repo.cache.local.cache_types
+    if "hardlink" in types and cache.stat().st_dev == Path().stat().st_dev:
+        repo.cache.local.cache_types = ["hardlink"]
+
+
+def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> None:
     """Put a recorded artifact in place from DVC's cache, else from its remote.
 
     Cached files that are not what their name says are dropped first, so that they
     are fetched again: a file edited through its link changes the cache too.
+    What cannot be had stays missing.
     """
-    from dvc.exceptions import CheckoutError, DvcException
-    from dvc.repo import lock_repo
+    from dvc.exceptions import DvcException
 
-    memory = Memory(Path(os.devnull))
-    for md5 in Record.of(read_lock().get(node.dvc, {})).outs.values():
+    for md5 in record.outs.values():
         listed = store.cache.listing(md5) if md5.endswith(".dir") else {"": md5}
         for one in (listed or {}).values():
             cached = store.cache.object(one)
-            if cached.is_file() and memory.file(cached) != one:
+            if cached.is_file() and md5_file(cached) != one:
                 cached.unlink()
     try:
-        with lock_repo(repo):
-            repo.checkout(targets=[node.dvc], force=True)
-        return
-    except CheckoutError:
-        pass
-    try:
-        repo.pull(targets=[node.dvc], force=True)
+        if not all(map(store.cache.holds, record.outs.values())):
+            for objects in stage.get_used_objs().values():
+                repo.cloud.pull(objects)
+        stage.checkout(force=True)
     except DvcException as error:
-        say(node, f"dvc pull: {str(error).splitlines()[0]}")
+        print(f"dvc: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 def tell_dvc(repo: Repo, memory: Memory, node: Node) -> None:

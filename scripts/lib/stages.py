@@ -105,7 +105,7 @@ STAGES: dict[str, Stage] = {
             "model",
             schema.Export,
             schema.ExportRecipe,
-            (*_HF, "torch", "safetensors"),
+            (*_HF, "torch", "safetensors", "numpy"),
         ),
         Stage(
             "eval",
@@ -113,7 +113,7 @@ STAGES: dict[str, Stage] = {
             "scores",
             schema.Eval,
             schema.EvalRecipe,
-            (*_HF, "torch", "lm-eval", "datasets", "scipy"),
+            (*_HF, "torch", "lm-eval", "datasets", "jinja2", "scipy"),
         ),
         Stage(
             "report",

@@ -40,6 +40,7 @@ IN_RUN = "PIPELINE_RUN"
 
 MAY = "if "
 NEVER = "never built"
+HARMED = ": restore it"
 
 
 def load_yaml(path: Path) -> Any:
@@ -222,6 +223,8 @@ class Store:
                 found += self._edits(path, listed, memory) or [f"{out} was changed"]
         if not found:
             memory.save()
+        if found == [f"{out} was deleted" for out in outs]:
+            return [f"{node.folder} was deleted"]
         return found
 
     def _edits(
@@ -254,8 +257,7 @@ class Store:
             self.own[node.id] = self._changes(node, record)
             if not self.own[node.id]:
                 self.own[node.id] = [
-                    f"{problem}: restore it"
-                    for problem in self.damage(node, record.outs)
+                    problem + HARMED for problem in self.damage(node, record.outs)
                 ]
         self._find_lost()
         self.raw.save()
@@ -286,7 +288,7 @@ class Store:
         absent = [
             id
             for id, record in self.records.items()
-            if not self.own[id] or all(r.endswith(": restore it") for r in self.own[id])
+            if not self.own[id] or all(r.endswith(HARMED) for r in self.own[id])
             if not all(
                 (Path(out).exists() and not self.own[id]) or self.cache.holds(md5)
                 for out, md5 in record.outs.items()

@@ -31,8 +31,9 @@ class Workflow:
         try:
             if os.environ.get(IN_RUN) and GRAPH.exists():
                 return cls(Store(Graph.from_json(GRAPH.read_text())))
-            configs = [Path(p) for p in workflow.configfiles] or [plan.DEFAULT]
-            store = Store(graph.build(configs[-1]))
+            given = [os.path.relpath(p) for p in workflow.configfiles]
+            config = Path(given[-1]) if given else plan.chosen_config()
+            store = Store(graph.build(config))
             store.sync()
             plan.announce(store)
         except UserError as error:

@@ -3,7 +3,7 @@
 const font = { family: "system-ui, sans-serif", size: 13 };
 const specs = JSON.parse(document.getElementById("plots").textContent);
 specs.forEach((spec, index) => {
-  const axis = { fixedrange: true, zeroline: false, ticks: "" };
+  const axis = { fixedrange: true, zeroline: false, ticks: "outside", ticklen: 6, tickcolor: "rgba(0,0,0,0)" };
   const layout = {
     ...spec.layout,
     font,

@@ -175,7 +175,7 @@ def train(
     Returns False where SIGTERM stopped it sooner, after a save. Raises
     LossNotFinite, and NotDone where training ends at another step.
     """
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
     progress = Progress(args.work)
     stop_asked = False
@@ -185,6 +185,15 @@ def train(
         stop_asked = True
 
     class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> Any:
+            # The Trainer loads saves without the renaming of keys that some models
+            # (NemotronH) need, and would go on from other weights with a warning.
+            if save is not None:
+                saved = AutoModelForCausalLM.from_pretrained(save, dtype="auto")
+                trainer.model.load_state_dict(saved.state_dict(), strict=True)
+
         def on_step_end(
             self, args: Any, state: Any, control: Any, **kwargs: Any
         ) -> Any:

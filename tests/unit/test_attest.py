@@ -16,10 +16,11 @@ RECIPE = {"steps": 3}
 
 
 def model(path: Path, value: float = 1.0, step: int = 3) -> Path:
-    path.mkdir()
+    path = path / "model"
+    path.mkdir(parents=True)
     save_file({"w": np.full(64, value, np.float32)}, path / "model.safetensors")
     (path / "config.json").write_text("{}")
-    (path / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+    (path.parent / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
     return path
 
 

@@ -26,6 +26,7 @@ def provenance(id, **changes):
         "git_commit": "ab12" * 10,
         "git_dirty": False,
         "host": "here",
+        "machine": "Linux x86_64",
         "python": "3.11.9",
         "started": "2026-01-02T03:04:05+00:00",
         "finished": "2026-01-02T03:05:05+00:00",
@@ -94,21 +95,21 @@ def losses(num, key="loss"):
     return [{"step": 10 * i, key: 5 / i, "lr": 1e-3} for i in range(1, num + 1)]
 
 
-def scored(**models):
+def scored(task="sums", **models):
     return {
-        "models": {
-            model.replace("__", "/"): {
-                "sums": {
-                    "score": right / 200,
-                    "interval": [max(0, right / 200 - 0.05), right / 200 + 0.05],
-                    "num_items": 200,
-                    "num_right": right,
-                }
+        "confidence": 0.95,
+        "scores": [
+            {
+                "model": model.replace("__", "/"),
+                "task": task,
+                "score": right / 200,
+                "interval": [max(0, right / 200 - 0.05), right / 200 + 0.05],
+                "num_right": right,
+                "num_items": 200,
+                "items_digest": "0" * 64,
             }
             for model, right in models.items()
-        },
-        "items": {},
-        "confidence": 0.95,
+        ],
     }
 
 
@@ -248,6 +249,14 @@ def test_answers_to_one_prompt_stand_in_one_row(build):
     assert [row.count(mark) for mark in ("✓ right", "✗ wrong")] == [2, 1]
 
 
+def test_a_prompt_asked_twice_has_two_rows(tmp_path):
+    build = Build(tmp_path)
+    rows = [sample(m, answer=a) for m in ("sft/a", "sft/b") for a in ("one", "two")]
+    build.node("eval/e", scores__samples_jsonl=rows)
+    found = re.findall(r'class="answer">(\w+)<', build.page())
+    assert found == ["one", "one", "two", "two"]
+
+
 def test_same_inputs_give_same_bytes(build):
     assert build.page("one") == build.page("two")
 
@@ -292,8 +301,7 @@ def evil(root) -> Build:
     made = provenance(id, host=EVIL, packages={EVIL: EVIL}, git_commit=EVIL)
     made |= {"inputs": {EVIL: EVIL}, "started": EVIL, "python": EVIL}
     (root / "artifacts" / "n1" / "provenance.json").write_text(json.dumps(made))
-    found = scored(x=100)
-    found["models"] = {id: {EVIL: found["models"]["x"]["sums"]}}
+    found = scored(task=EVIL, **{id: 100})
     rows = [{**sample(id, EVIL, EVIL), "task": EVIL, "expected": EVIL}]
     build.node("eval/e", [id], scores__scores_json=found, scores__samples_jsonl=rows)
     return build
@@ -371,7 +379,7 @@ def test_a_version_that_differs_names_its_nodes(build):
 @pytest.mark.parametrize(
     ("path", "text", "where"),
     [
-        ("scores/scores.json", '{"models": {"a": {"t": {}}}}', r"scores\.json"),
+        ("scores/scores.json", '{"confidence": 0.9, "scores": [{}]}', r"scores\.json"),
         ("scores/scores.json", "[]", r"scores\.json"),
         ("scores/samples.jsonl", '{"model": "a"}\n', r"samples\.jsonl:1"),
         ("metrics.jsonl", '{"step": 1, "loss": 2}\n{"st', r"metrics\.jsonl:2"),

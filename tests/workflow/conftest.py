@@ -12,9 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +27,7 @@ data:
   sums: {files: data/sums.jsonl}
 tokenizer:
   tiny:
-    data: [corpus, chat]
+    data: corpus
     vocab_size: 300
     chat_template: config/models/tiny/chat_template.jinja
 tokenize:
@@ -72,6 +74,7 @@ class Project:
         self.path = path
         self.output = ""
         self.code = 0
+        self.first: dict[str, str] = {}
 
     def sh(self, *words: str, check: bool = True, **env: str) -> str:
         done = subprocess.run(
@@ -103,10 +106,9 @@ class Project:
         return set(re.findall(r"(?m)^checkpoint (\w+/\w+):", text))
 
     def reason(self, node: str) -> str:
+        """The plan's line on a node."""
         text = self.sh(sys.executable, "-m", "scripts.lib.plan")
-        (line,) = [
-            x for x in text.splitlines() if x.split()[-1:] and f" {node} " in f"{x} "
-        ]
+        (line,) = re.findall(rf"(?m)^(?:may run|\w+) +{node}(?: .*)?$", text)
         return line
 
     def dvc_clean(self) -> bool:
@@ -129,6 +131,23 @@ class Project:
 
     def write_rows(self, file: str, rows: list[str]) -> None:
         (self.path / file).write_text("\n".join(rows) + "\n")
+
+    def start_grpo(self) -> subprocess.Popen[str]:
+        """Start a build and return when its GRPO script has begun."""
+        recipes = "work/grpo/*/recipe.yaml"
+        before = len([*self.path.glob(recipes)])
+        run = subprocess.Popen(
+            ["snakemake", "--profile", "local", "grpo"],
+            cwd=self.path,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 60
+        while len([*self.path.glob(recipes)]) == before:
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.1)
+        return run
 
     def commit(self) -> None:
         self.sh("git", "add", "-A")
@@ -177,13 +196,19 @@ def make_project(path: Path, config: str = CONFIG) -> Project:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The project with everything built, committed, and pushed to a remote."""
-    base = tmp_path_factory.mktemp("built")
-    project = make_project(base / "project")
-    remote = base / "remote"
-    project.sh("dvc", "remote", "add", "-d", "store", str(remote))
-    project.first = project.build()
-    project.commit()
-    project.sh("dvc", "push", "-q")
+    shared = tmp_path_factory.getbasetemp().parent  # of all the test processes
+    base, first = shared / "built", shared / "built.json"
+    with FileLock(shared / "built.lock"):
+        if not first.exists():
+            base.mkdir()
+            project = make_project(base / "project")
+            project.sh("dvc", "remote", "add", "-d", "store", str(base / "remote"))
+            done = project.build()
+            project.commit()
+            project.sh("dvc", "push", "-q")
+            first.write_text(json.dumps(done))
+    project = Project(base / "project")
+    project.first = json.loads(first.read_text())
     return project
 
 

@@ -1,0 +1,108 @@
+"""Publish a checkpoint as a Hugging Face folder, checked against its source (CPU).
+
+Reads   --parent  Hugging Face folder of a trainer
+        --recipe  YAML of one `export:` node
+Writes  --out     Hugging Face folder with generation settings for chat; parity.json:
+                  prompts, tokens, largest logit difference, tolerance, parameters
+Raises  AttestError where the folder, read back, answers other than its source
+Resumes never: it takes seconds. The same parent gives the same bytes.
+
+    python -m scripts.transformers.export --parent P --recipe R.yaml --out work/try
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.lib import cli
+from scripts.lib.errors import AttestError
+from scripts.lib.schema import ExportRecipe
+from scripts.transformers import common
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOLERANCE = 0.0
+MAX_NEW_TOKENS = 64
+QUESTIONS = ("Hello!", "What is 12 + 30?", "Who are you?", "7 + 8 = ?", "")
+
+
+def fixed_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The questions as chats, or as plain text where there is no template."""
+    prompts = []
+    for question in QUESTIONS:
+        text = question or "1 + 1"
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return prompts
+
+
+def logits_of(model: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """The model's logits on each prompt, alone in its batch."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+
+
+def largest_difference(ours: Any, theirs: Any) -> float:
+    """The largest difference of two lists of logits; infinite where one is no number."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+            return float("inf")
+        worst = max(worst, float((a - b).abs().max()))
+    return worst
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage."""
+    flags = cli.parser(__doc__)
+    flags.add_argument("--parent", type=Path, required=True, help="model folder")
+    args = cli.parse(flags, argv)
+    cli.load_recipe(args.recipe, ExportRecipe)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import GenerationConfig
+
+    source, tokenizer = common.load_parent(args.parent)
+    prompts = fixed_prompts(tokenizer)
+    before = logits_of(source, prompts)
+    common.align(source, tokenizer)
+    room = source.config.max_position_embeddings // 2
+    source.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        max_new_tokens=min(MAX_NEW_TOKENS, room),
+        do_sample=False,
+    )
+    common.save_model(source, args.parent, args.out)
+    copy, _ = common.load_parent(args.out)
+    difference = largest_difference(before, logits_of(copy, prompts))
+    parity = {
+        "prompts": len(prompts),
+        "tokens": sum(len(prompt) for prompt in prompts),
+        "largest_logit_difference": difference,
+        "tolerance": TOLERANCE,
+        "parameters": copy.num_parameters(),
+    }
+    if difference > TOLERANCE:
+        raise AttestError(
+            str(args.out), f"its logits differ from the source's by {difference}"
+        )
+    (args.out / "parity.json").write_text(json.dumps(parity, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

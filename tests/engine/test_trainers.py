@@ -1,0 +1,243 @@
+"""What the trainers promise: same bytes, killed or not, and never a silent failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import Stage, write
+
+STEPS, SAVE_STEPS = 12, 3
+TRAINING = {"steps": STEPS, "log_steps": 5, "seed": 3, "warmup_steps": 2}
+RECIPES: dict[str, dict[str, Any]] = {
+    "pretrain": TRAINING | {"batch_size": 4, "lr": 1.0e-2, "sequence_length": 32},
+    "sft": TRAINING | {"batch_size": 8, "lr": 1.0e-2},
+    "grpo": TRAINING
+    | {
+        "batch_size": 8,
+        "num_generations": 4,
+        "max_completion_tokens": 4,
+        "lr": 1.0e-2,
+        "beta": 0.01,
+    },
+}
+STAGES = list(RECIPES)
+
+
+@dataclass
+class Trainer:
+    """Starts a trainer on the tiny inputs, each run in a folder of its own."""
+
+    start: Callable[[str, list[str], Path], Stage]
+    inputs: Path
+    folder: Path
+    base: Path
+
+    def __call__(self, stage: str, name: str, **changes: Any) -> Stage:
+        flags = {
+            "pretrain": {
+                "--model": self.inputs / "model",
+                "--tokenizer": self.inputs / "tokenizer",
+                "--data": self.inputs / "blend",
+            },
+            "sft": {"--parent": self.base, "--packed": self.inputs / "packed"},
+            "grpo": {"--parent": self.base, "--prompts": self.inputs / "prompts"},
+        }[stage]
+        recipe = write(self.folder / f"{name}.yaml", RECIPES[stage] | changes)
+        argv = ["--recipe", str(recipe), "--out", str(self.out(name))]
+        argv += ["--work", str(self.work(name)), "--save-steps", str(SAVE_STEPS)]
+        for flag, path in flags.items():
+            argv += [flag, str(path)]
+        log = self.folder / f"{name}.log"
+        return self.start(f"scripts.transformers.{stage}", argv, log)
+
+    def out(self, name: str) -> Path:
+        return self.folder / "out" / name
+
+    def work(self, name: str) -> Path:
+        return self.folder / "work" / name
+
+    def marker(self, name: str, step: int) -> Path:
+        return self.work(name) / f"checkpoint-{step}" / "whole.json"
+
+    def finished(self, stage: str, name: str, **changes: Any) -> dict[str, bytes]:
+        run = self(stage, name, **changes)
+        assert run.code() == 0, run.text()
+        return contents(self.out(name))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="session")
+def base(
+    start: Callable[..., Stage], inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    trainer = Trainer(start, inputs, folder, folder)
+    trainer.finished("pretrain", "base")
+    return trainer.out("base")
+
+
+@pytest.fixture
+def trainer(
+    start: Callable[..., Stage], inputs: Path, base: Path, tmp_path: Path
+) -> Trainer:
+    return Trainer(start, inputs, tmp_path, base)
+
+
+@pytest.fixture(scope="session")
+def whole(
+    start: Callable[..., Stage],
+    inputs: Path,
+    base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], dict[str, bytes]]:
+    """What a run that nothing interrupts writes, by stage."""
+    folder = tmp_path_factory.mktemp("whole")
+    known: dict[str, dict[str, bytes]] = {}
+
+    def whole(stage: str) -> dict[str, bytes]:
+        if stage not in known:
+            trainer = Trainer(start, inputs, folder, base)
+            known[stage] = trainer.finished(stage, stage)
+        return known[stage]
+
+    return whole
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_same_inputs_give_same_bytes_in_any_folder(
+    stage: str, trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    again = trainer.finished(stage, "again")
+    assert again == whole(stage)
+    assert {"config.json", "model.safetensors", "metrics.jsonl"} <= set(again)
+    assert {"tokenizer.json", "chat_template.jinja"} <= set(again)
+    assert not [name for name in again if name.endswith(".bin")]
+    for name, content in again.items():
+        assert str(trainer.folder.parent).encode() not in content, name
+    lines = [json.loads(line) for line in again["metrics.jsonl"].splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    assert all("reward" in line or "loss" in line for line in lines)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    stage: str, trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    killed = trainer(stage, "run")
+    code = killed.signal_when(trainer.marker("run", 6), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not list(trainer.out("run").iterdir())
+    resumed = trainer(stage, "run")
+    assert resumed.code() == 0, resumed.text()
+    assert "resuming from checkpoint-" in resumed.text()
+    assert contents(trainer.out("run")) == whole(stage)
+    assert len(list(trainer.work("run").glob("checkpoint-*"))) <= 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_saves_the_step_and_exits_75(
+    stage: str, trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    stopped = trainer(stage, "run")
+    code = stopped.signal_when(trainer.marker("run", 3), signal.SIGTERM)
+    assert code == 75, stopped.text()
+    assert not list(trainer.out("run").iterdir())
+    assert trainer.finished(stage, "run") == whole(stage)
+
+
+def test_a_half_written_newest_save_is_skipped(
+    trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    killed = trainer("sft", "run")
+    killed.signal_when(trainer.marker("run", 9), signal.SIGKILL)
+    newest = sorted(trainer.work("run").glob("checkpoint-*/whole.json"))[-1].parent
+    for save in trainer.work("run").glob("checkpoint-*"):
+        if save.name != "checkpoint-6":
+            weights = save / "model.safetensors"
+            if weights.exists():
+                os.truncate(weights, weights.stat().st_size // 2)
+    resumed = trainer("sft", "run")
+    assert resumed.code() == 0, resumed.text()
+    assert f"skipping {newest.name}" in resumed.text()
+    assert "resuming from checkpoint-6" in resumed.text()
+    assert contents(trainer.out("run")) == whole("sft")
+
+
+def test_a_finished_run_that_never_published_publishes_the_same(
+    trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    assert trainer.finished("sft", "run") == whole("sft")
+    for path in trainer.out("run").iterdir():
+        path.unlink()
+    again = trainer("sft", "run")
+    assert again.code() == 0, again.text()
+    assert f"resuming from checkpoint-{STEPS}" in again.text()
+    assert contents(trainer.out("run")) == whole("sft")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_loss_that_is_no_number_raises_with_its_step(
+    stage: str, trainer: Trainer
+) -> None:
+    run = trainer(stage, "run", lr=1.0e30, warmup_steps=0)
+    assert run.code() == 1
+    assert "LossNotFinite: loss is" in run.text()
+    assert "at step" in run.text()
+    assert not list(trainer.out("run").iterdir())
+
+
+def test_sft_counts_exactly_the_tokens_the_mask_names_each_chat_alone(
+    trainer: Trainer, inputs: Path, base: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from scripts.transformers.common import repeated
+    from scripts.transformers.sft import unpack
+
+    chats = unpack(inputs / "packed" / "packed.parquet")
+    size = RECIPES["sft"]["batch_size"]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    total, count = 0.0, 0
+    for i in repeated(len(chats), size, RECIPES["sft"]["seed"]):
+        ids, labels = chats[i]["input_ids"], torch.tensor(chats[i]["labels"][1:])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(
+            logits, labels, ignore_index=-100, reduction="sum"
+        ).item()
+        count += int((labels != -100).sum())
+        assert 0 < (labels != -100).sum() < len(ids) - 2
+    metrics = trainer.finished("sft", "run", steps=1)["metrics.jsonl"]
+    assert json.loads(metrics)["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_tokenizer_larger_than_the_model_is_an_error(
+    trainer: Trainer, inputs: Path, tmp_path: Path
+) -> None:
+    config = json.loads((inputs / "model" / "config.json").read_text())
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model" / "config.json", config | {"vocab_size": 300})
+    for name in ("tokenizer", "blend"):
+        (tmp_path / name).symlink_to(inputs / name)
+    trainer.inputs = tmp_path
+    run = trainer("pretrain", "run")
+    assert run.code() == 1
+    assert "vocab_size 300, but the tokenizer has" in run.text()
+
+
+def test_a_sequence_longer_than_the_model_is_an_error(trainer: Trainer) -> None:
+    run = trainer("pretrain", "run", sequence_length=1024)
+    assert run.code() == 1
+    assert "max_position_embeddings" in run.text()
