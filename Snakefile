@@ -22,6 +22,10 @@ onsuccess:
     finish()
 
 
+onerror:
+    fail()
+
+
 rule all:
     """Build every node of the config."""
     default_target: True

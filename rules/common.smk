@@ -15,3 +15,4 @@ manifest = PIPELINE.manifest
 place = PIPELINE.place
 start = PIPELINE.start
 finish = PIPELINE.finish
+fail = PIPELINE.fail

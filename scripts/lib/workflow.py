@@ -55,7 +55,7 @@ class Workflow:
         return self.store.graph.nodes[f"{stage}/{name}"].manifest
 
     def before(self, stage: str, name: str) -> Callable[[Any], list[Any]]:
-        """An input function: the manifests of all that must be ready first.
+        """An input function: the manifests of what must be ready first.
 
         Every ancestor is listed, since Snakemake looks at a job again when any
         checkpoint among its inputs has finished; all are `ancient`, since whether
@@ -68,7 +68,9 @@ class Workflow:
         def inputs(wildcards: Any) -> list[Any]:
             self.store.refresh()
             graph = self.store.graph
-            return [ancient(graph.nodes[above].manifest) for above in graph.before(id)]
+            current = not self.store.why.get(id)
+            above = graph.ancestors(id) if current else graph.before(id)
+            return [ancient(graph.nodes[one].manifest) for one in above]
 
         return inputs
 
@@ -84,6 +86,13 @@ class Workflow:
             print(f"error: {error}", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)
+
+    def fail(self) -> None:
+        """Say what is not built, and how to go on."""
+        self.store.settle(keep=True)
+        left = ", ".join(plan.stale(self.store))
+        print(f"[failed] not built: {left}", file=sys.stderr)
+        print("[failed] the same command again continues from there", file=sys.stderr)
 
     def finish(self) -> None:
         """Say where the results are."""

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from scripts.lib import cli
-from scripts.lib.errors import RecipeError
+from scripts.lib.errors import RecipeError, UserError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import TrainingRecipe
 
@@ -39,11 +39,11 @@ TOKENIZER_FILES = (
 )
 
 
-class LossNotFinite(RuntimeError):
+class LossNotFinite(UserError):
     """The loss is no longer a number."""
 
     def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"loss is {loss} at step {step}")
+        super().__init__(f"step {step}", f"the loss is {loss}", "try a lower lr")
 
 
 class NotDone(RuntimeError):
@@ -120,6 +120,10 @@ def prepare(recipe: TrainingRecipe) -> None:
     """Seed everything; take the number of threads from OMP_NUM_THREADS."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Threads that spin while they wait make a shared machine several times slower.
+    # Read when torch is imported, which is why it stands before that.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
     import transformers
 

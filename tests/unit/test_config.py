@@ -109,7 +109,7 @@ def test_a_key_given_twice_is_refused(folder: Path):
 
 def test_a_missing_and_an_empty_file_are_named(folder: Path):
     edit("tokenizer:\n", "data:\n  own: {files: data/own.jsonl}\ntokenizer:\n")
-    edit("data: [corpus, chat]", "data: [corpus, own]")
+    edit("    data: corpus\n", "    data: [corpus, own]\n")
     assert "data/own.jsonl: no such file" in message()
     Path("data").mkdir()
     Path("data/own.jsonl").touch()
@@ -118,20 +118,20 @@ def test_a_missing_and_an_empty_file_are_named(folder: Path):
 
 def test_a_glob_without_a_match_is_refused(folder: Path):
     edit("tokenizer:\n", "data:\n  own: {files: data/*.jsonl}\ntokenizer:\n")
-    edit("data: [corpus, chat]", "data: [corpus, own]")
+    edit("    data: corpus\n", "    data: [corpus, own]\n")
     assert "data/*.jsonl: no file matches" in message()
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secret.jsonl", "data/../../x"])
 def test_a_path_that_leaves_the_project_is_refused(folder: Path, path: str):
     edit("tokenizer:\n", f"data:\n  own: {{files: {path}}}\ntokenizer:\n")
-    edit("data: [corpus, chat]", "data: [corpus, own]")
+    edit("    data: corpus\n", "    data: [corpus, own]\n")
     assert "leads out of the project" in message()
 
 
 def test_a_hub_dataset_without_a_revision_is_refused(folder: Path):
     edit("tokenizer:\n", "data:\n  own: {hf: org/name}\ntokenizer:\n")
-    edit("data: [corpus, chat]", "data: [corpus, own]")
+    edit("    data: corpus\n", "    data: [corpus, own]\n")
     assert "data.own.revision: missing" in message()
 
 

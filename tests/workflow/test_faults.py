@@ -72,8 +72,7 @@ def test_a_diverging_run_publishes_nothing_and_names_the_step(project: Project):
         "sft:\n  instruct: {from: base, data: chat, steps: 9, batch_size: 8, lr: 1.0e+30}",
     )
     text = project.snakemake("sft", check=False)
-    assert project.code and "loss is" in text and "at step" in text
-    assert "the whole log is work/sft/instruct-" in text
+    assert project.code and "the loss is" in text and ": step " in text
     assert weights.read_bytes() == content
     recorded = (project.path / "dvc.lock").read_text()
     assert recorded.split("sft-instruct")[1] == before.split("sft-instruct")[1]

@@ -90,6 +90,30 @@ def test_grpo_lr_in_a_clone_fetches_only_what_it_reads(clone: Project):
     assert here == {"sft", "prompts", "grpo"}
 
 
+EDITS = [
+    # file, old, new, what must be planned
+    ("config/config.yaml", "cpus: 1", "cpus: 2", set()),
+    ("scripts/transformers/sft.py", '"""', '"""Reworded. ', set()),
+    ("config/config.yaml", "lr: 1.0e-5", "lr: 2.0e-5", RL_ON),
+    ("scripts/transformers/sft.py", "NOT_COUNTED = ", "OTHER = NOT_COUNTED = ", SFT_ON),
+    ("data/chat.jsonl", "\n", "\n\n", {"pack/chat", *SFT_ON}),
+    ("config/config.yaml", "limit: 20", "limit: 19", {"eval/sums", "report/main"}),
+]
+
+
+@pytest.mark.parametrize("pulled", ["nothing", "export-nano", "everything"])
+def test_a_clone_plans_the_same_whatever_was_pulled(clone: Project, pulled: str):
+    if pulled != "nothing":
+        clone.sh("dvc", "pull", "-q", *([pulled] if pulled != "everything" else []))
+    for file, old, new, planned in EDITS:
+        clone.edit(file, old, new)
+        assert clone.planned() == planned, (file, new)
+        dvc = clone.dvc_would_run()
+        assert dvc <= planned and bool(dvc) == bool(planned), (file, new)
+        clone.sh("git", "checkout", "-q", "--", ".")
+    assert clone.planned() == set()
+
+
 def test_a_setting_changed_and_back_is_restored_not_trained(project: Project):
     before = project.lock()
     set_lr(project, "1.0e-5", "2.0e-5")
