@@ -6,7 +6,7 @@ Raises  RecipeError for a folder that holds no chat model
 
 Each line is a question; /new forgets what was said, /quit or end of input leaves.
 
-    python -m scripts.chat artifacts/export/nano
+    python -m scripts.chat artifacts/export/nano/model
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from scripts.lib.errors import RecipeError
 def load(folder: Path) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise RecipeError(str(folder), "holds no config.json", "give a model folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = flags.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     model, tokenizer = load(args.model)
     chat: list[dict[str, str]] = []
     try:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 TAIL_LINES = 20
+SHOW_SECONDS = 4.0
 NOT_DONE = 75
 """Exit code of a script that saved and stopped before its last step."""
 
@@ -253,6 +254,7 @@ class Job:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(node.placement["cpus"]),
+            "GOMP_SPINCOUNT": "1000",  # threads that spin starve what runs beside them
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
@@ -323,7 +325,7 @@ class Job:
             except subprocess.TimeoutExpired:
                 code = None
             now = time.monotonic()
-            if code is not None or now - last >= 2:
+            if code is not None or now - last >= SHOW_SECONDS:
                 text = progress_line(self.work / "progress.json", trains)
                 if text and text != shown:
                     say(self.node, text)
@@ -454,12 +456,17 @@ def progress_line(path: Path, trains: bool) -> str:
     step, steps = state.pop("step"), state.pop("steps")
     parts = [f"step {step} of {steps}" if trains else f"{100 * step / steps:.0f}%"]
     left = state.pop("seconds_left", None)
-    parts += [f"{name} {value:.4g}" for name, value in state.items()]
+    parts += [f"{name} {number(value)}" for name, value in state.items()]
     if left:
         parts.append(
             f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left"
         )
     return "  ".join(parts)
+
+
+def number(value: float) -> str:
+    """Counts whole, measures to four digits."""
+    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def link_only(repo: Repo) -> None:

@@ -75,6 +75,7 @@ class Project:
         self.output = ""
         self.code = 0
         self.first: dict[str, str] = {}
+        self.transcript = ""
 
     def sh(self, *words: str, check: bool = True, **env: str) -> str:
         done = subprocess.run(
@@ -158,19 +159,25 @@ class Project:
         return (self.path / "dvc.lock").read_text()
 
 
-def make_project(path: Path, config: str = CONFIG) -> Project:
-    """The repository's files, as git has them or would, in a new folder."""
+def copy_files(source: Path, path: Path) -> None:
+    """A repository's files, as git has them or would, into a new folder."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT,
+        cwd=source,
         text=True,
         stdout=subprocess.PIPE,
         check=True,
     ).stdout.splitlines()
     for name in listed:
-        if (ROOT / name).is_file() and not name.startswith("tests/"):
+        skipped = name.startswith("tests/") or name == "dvc.lock"
+        if (source / name).is_file() and not skipped:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, path / name)
+            shutil.copy2(source / name, path / name)
+
+
+def make_project(path: Path, config: str = CONFIG) -> Project:
+    """The pipeline in a new folder, with a quick config and data to edit."""
+    copy_files(ROOT, path)
     (path / "config/config.yaml").write_text(config)
     project = Project(path)
     for kind, file, count in (
