@@ -1,15 +1,14 @@
-"""Write the config reference, generated from the schema, into a Markdown file.
+"""Write what is generated into a Markdown file: the graph and the config reference.
 
     python -m scripts.lib.docs README.md
 
-It replaces what stands between the lines `<!-- reference -->` and
-`<!-- end of reference -->`.
+It replaces what stands between the lines `<!-- graph -->` and `<!-- end of graph -->`,
+and between `<!-- reference -->` and `<!-- end of reference -->`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import types
 import typing
 from pathlib import Path
@@ -19,12 +18,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from scripts.lib import cli
+from scripts.lib import cli, graph
 from scripts.lib.errors import UserError
+from scripts.lib.plan import DEFAULT
 from scripts.lib.schema import Data, Placement, Task
 from scripts.lib.stages import STAGES
-
-START, END = "<!-- reference -->", "<!-- end of reference -->"
 
 
 def kind_of(annotation: Any) -> str:
@@ -94,8 +92,21 @@ def reference() -> str:
     return "\n".join([*parts, *table(Placement)])
 
 
+def mermaid() -> str:
+    """The default config's graph as a Mermaid drawing."""
+    nodes = graph.build(DEFAULT).nodes.values()
+    lines = [f'  {n.dvc}["{n.stage}<br><b>{n.name}</b>"]' for n in nodes]
+    lines += [
+        f"  {parent.replace('/', '-')} --> {n.dvc}"
+        for n in nodes
+        for parent in n.parents
+        if n.stage != "report" or parent.startswith("eval/")
+    ]
+    return "\n".join(["```mermaid", "graph LR", *lines, "```"])
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write or check the reference."""
+    """Write or check the file."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,17 +114,17 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--check", action="store_true", help="only say if it is current")
     args = flags.parse_args(argv)
     text = args.file.read_text()
-    if START not in text or END not in text:
-        raise UserError(str(args.file), f"lacks the lines {START} and {END}")
-    new = re.sub(
-        f"{START}.*{END}",
-        lambda _: f"{START}\n{reference()}\n{END}",
-        text,
-        flags=re.DOTALL,
-    )
+    new = text
+    for name, write in (("graph", mermaid), ("reference", reference)):
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, found, rest = new.partition(start)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise UserError(str(args.file), f"lacks the lines {start} and {end}")
+        new = f"{before}{start}\n{write()}\n{end}{after}"
     if args.check and new != text:
         raise UserError(
-            str(args.file), "its reference is out of date", "run `make docs`"
+            str(args.file), "what is generated in it is out of date", "run `make docs`"
         )
     if not args.check:
         args.file.write_text(new)
