@@ -29,10 +29,12 @@ def load(folder: Path) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise RecipeError(str(folder), "holds no config.json", "give a model folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise RecipeError(str(folder), "its tokenizer has no chat template")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=False
+    ).eval(), tokenizer
 
 
 def answer(model: Any, tokenizer: Any, chat: list[dict[str, str]], room: int) -> str:

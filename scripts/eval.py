@@ -226,10 +226,10 @@ def evaluate(
     scores, samples = [], []
     for model_name, folder in models.items():
         model = HFLM(
-            pretrained=AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(
-                "cuda" if torch.cuda.is_available() else "cpu"
-            ),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            pretrained=AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=False
+            ).to("cuda" if torch.cuda.is_available() else "cpu"),
+            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
             batch_size=recipe.batch_size,
         )
         for task_name, (task, items) in tasks.items():

@@ -14,6 +14,9 @@ from ruamel.yaml.error import YAMLError
 
 from scripts.lib.errors import RecipeError, UserError
 
+NOT_DONE = 75
+"""Exit code of a script that saved and stopped before its last step."""
+
 Recipe = TypeVar("Recipe", bound=pydantic.BaseModel)
 
 

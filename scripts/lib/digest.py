@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 
+SHARED_CONFIGS = ("/etc/xdg/dvc/config", "~/.config/dvc/config")
+"""DVC's own files for `--system` and `--global`."""
+
 Signature = tuple[int, int, int]
 
 
@@ -28,10 +31,11 @@ def tree_digest(md5_of: dict[str, str]) -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Relative paths of the files below `folder`, without Python's caches."""
+    """Relative paths of the files below `folder`, but what .dvcignore names."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if f != "__pycache__"]
+        names = [n for n in names if not n.endswith(".pyc")]
         found += [os.path.relpath(os.path.join(root, n), folder) for n in names]
     return sorted(Path(n).as_posix() for n in found)
 
@@ -101,9 +105,10 @@ class Cache:
 
     def __init__(self) -> None:
         folder = Path(".dvc/cache")
-        for name in ("config", "config.local"):
-            config = ConfigParser()
-            config.read(Path(".dvc", name))
+        ours = [Path(".dvc", name) for name in ("config", "config.local")]
+        for path in (*map(Path, SHARED_CONFIGS), *ours):
+            config = ConfigParser(interpolation=None)
+            config.read(path.expanduser())
             if given := config.get("cache", "dir", fallback=None):
                 folder = Path(".dvc", given)
         self.folder = folder / "files" / "md5"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pydantic
 
 from scripts.lib import identity
 from scripts.lib.errors import UserError
@@ -14,6 +17,11 @@ from scripts.lib.schema import HUB_NAME, Config, Placement
 from scripts.lib.stages import DATA, MODELS, PARENTS, STAGES
 
 MODEL_FOLDERS = Path("config/models")
+RESERVED = {".dvc", ".git", ".snakemake", "artifacts", "logs", "state", "work"}
+"""Folders of the build itself: nothing there is an input."""
+
+CONFIG_PATH = re.compile(r"[\w./-]+")
+"""Config paths stand in dvc.yaml's commands."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,12 @@ def build(path: Path) -> Graph:
     Raises ConfigError for anything that could not be built or would train badly,
     UserError where the environment is not the one its lock pins.
     """
+    if not CONFIG_PATH.fullmatch(str(path)):
+        raise ConfigError(
+            repr(str(path)),
+            "cannot name a config",
+            "letters, digits, `.`, `_`, `-`, `/`",
+        )
     config, lines, files = load_config(path)
     return _Builder(config, lines).graph(path, files)
 
@@ -191,12 +205,15 @@ class _Builder:
 
     def inside(self, key: tuple[str, ...], path: str) -> Path:
         """`path` as one inside the project."""
-        if Path(path).is_absolute() or ".." in Path(path).parts or not path:
+        parts = Path(path).parts
+        if Path(path).is_absolute() or ".." in parts or not path:
             raise self.error(
                 key,
                 f"{path!r} leads out of the project",
                 "give a path inside it; a link there may point to large data",
             )
+        if not parts or parts[0] in RESERVED or "${" in path:
+            raise self.error(key, f"{path!r} cannot be an input", "put it in a folder")
         return Path(path)
 
     def existing(self, key: tuple[str, ...], path: str) -> str:
@@ -248,7 +265,8 @@ class _Builder:
                     flags.append(("--data", f"{name}={path}"))
                 if own.hf is not None:
                     entry |= {"hf": own.hf, "split": own.split}
-                    if HUB_NAME.match(own.hf) and not Path(own.hf).exists():
+                    here = Path(own.hf).exists() or Path(f"{own.hf}.dvc").exists()
+                    if HUB_NAME.match(own.hf) and not here:
                         if own.revision is None:
                             raise self.error(
                                 (*at, "revision"),
@@ -272,13 +290,23 @@ class _Builder:
         for pattern in patterns:
             self.inside((*key, "files"), pattern)
             if any(c in pattern for c in "*?["):
-                matches = sorted(str(p) for p in Path().glob(pattern) if p.is_file())
-                matches = [m for m in matches if not m.endswith(".dvc")]
+                try:
+                    names = [str(p) for p in Path().glob(pattern) if p.is_file()]
+                    names += [str(p) for p in Path().glob(f"{pattern}.dvc")]
+                except ValueError as error:
+                    raise self.error((*key, "files"), f"{pattern}: {error}") from error
+                # what DVC tracks counts, pulled or not
+                matches = sorted({n.removesuffix(".dvc") for n in names})
                 if not matches:
                     raise self.error((*key, "files"), f"{pattern}: no file matches")
             else:
                 matches = [pattern]
             found += [self.existing((*key, "files"), m) for m in matches]
+        for path in found:
+            if Path(path).is_dir():
+                raise self.error(
+                    (*key, "files"), f"{path} is a folder", f"name its files: {path}/*"
+                )
         return list(dict.fromkeys(found))
 
     # ---- the nodes -------------------------------------------------------------
@@ -382,8 +410,16 @@ class _Builder:
                 merged[key] = value
         try:
             return Placement.model_validate(merged)
-        except ValueError as error:
-            raise self.error(("placement", stage, name), str(error)) from error
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = str(first["loc"][0])
+            at = next(
+                (s, n)
+                for s, n in ((stage, name), (stage, "default"), ("default", "default"))
+                if key in table.get(s, {}).get(n, {})
+            )
+            what = f"{first['msg'].lower()}; found {first['input']!r}"
+            raise self.error(("placement", *at, key), what) from error
 
     # ---- what each stage reads; what would train badly is refused -----------------
 
@@ -412,6 +448,8 @@ class _Builder:
             parts["flags"].append(("--tokenizer", folder))
         if node.chat_template is not None:
             file = self.existing((*key, "chat_template"), node.chat_template)
+            if not Path(file).is_file():
+                raise self.error((*key, "chat_template"), f"{file} is not a file")
             parts["files"].append(file)
             parts["flags"].append(("--chat-template", file))
         return parts
@@ -572,8 +610,15 @@ class _Builder:
             found = self.data((*at, "data"), [settings.data], ("heldout", "prompts"))
             parents += found["parents"]
             files += found["files"]
-            if "hf" in found["sources"][settings.data]:
-                raise self.error((*at, "data"), "eval reads files, not a hub dataset")
+            own = self.config.data.get(settings.data)
+            if own and not (
+                len(found["files"]) == 1
+                and found["files"][0].endswith(".jsonl")
+                and not own.model_fields_set - {"files"}
+            ):
+                raise self.error(
+                    (*at, "data"), f"{settings.data} is not one plain .jsonl file"
+                )
             flags += [
                 ("--data", f"{task}={value.partition('=')[2]}")
                 for _, value in found["flags"]

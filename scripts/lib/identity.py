@@ -125,6 +125,12 @@ def code_of(script: str) -> dict[str, str]:
     return code
 
 
+def forget() -> None:
+    """Read the code anew from here on."""
+    for cached in (_tree, modules_of, _module_digest, code_of):
+        cached.cache_clear()
+
+
 @functools.cache
 def pins() -> dict[str, str]:
     """{package: version} of the engine's lock file."""

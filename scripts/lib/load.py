@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
@@ -19,6 +20,8 @@ from scripts.lib.schema import Config
 
 Key = tuple[str, ...]
 SHOWN_ERRORS = 10
+NODE_DEPTH = 2
+"""Keys down to a node: its stage and its name."""
 
 
 class ConfigError(UserError):
@@ -49,6 +52,8 @@ def _read(path: Path) -> CommentedMap:
         raise ConfigError(
             str(path), "no such file", "name a config with --configfile"
         ) from error
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), f"not UTF-8 at byte {error.start}") from error
     except DuplicateKeyError as error:
@@ -90,12 +95,18 @@ def _plain(value: Any) -> Any:
 def _overlay(
     base: dict[str, Any], top: CommentedMap, path: Path, lines: Lines, at: Key = ()
 ) -> None:
-    """Lay `top` over `base`, in place: mappings merge, null deletes, the rest wins."""
+    """Lay `top` over `base`, in place: mappings merge, null deletes, the rest wins.
+
+    Where nothing is below, an empty section or node stays, with its defaults.
+    """
     for key, value in top.items():
         here = (*at, str(key))
-        lines.at[here] = path, top.lc.key(key)[0] + 1
-        if value is None:
-            base.pop(str(key), None)
+        position = (top.lc.data or {}).get(key) or (top.lc.line,)
+        lines.at[here] = path, position[0] + 1
+        if value is None and str(key) in base:
+            del base[str(key)]
+        elif value is None and len(here) <= NODE_DEPTH:
+            base[str(key)] = {}
         elif isinstance(value, CommentedMap):
             below = base.get(str(key))
             base[str(key)] = below if isinstance(below, dict) else {}
@@ -117,7 +128,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], Lines, list[Path]]:
         extends = document.pop("extends", None)
         if extends is None:
             break
-        current = Path(current.parent, str(extends))
+        current = Path(os.path.relpath(Path(current.parent, str(extends))))
+        if current.parts[0] == "..":
+            raise ConfigError(str(path), f"extends {extends}: outside of the project")
         if current.resolve() in [p.resolve() for p, _ in chain]:
             raise ConfigError(str(path), f"extends itself through {current}")
     merged: dict[str, Any] = {}
@@ -158,7 +171,8 @@ def nearest(word: str, words: list[str]) -> str:
     return f"{guess}there are: {', '.join(words) or 'none'}"
 
 
-def _explain(error: Any, lines: Lines) -> str:
+def explain(error: Any, lines: Lines) -> str:
+    """One of pydantic's errors as where, what, and the way out."""
     loc = tuple(str(p) for p in error["loc"])
     kind, found = error["type"], error.get("input")
     shown = f"{found!r}"[:80]
@@ -190,7 +204,7 @@ def load_config(path: Path) -> tuple[Config, Lines, list[Path]]:
         return Config.model_validate(merged), lines, files
     except pydantic.ValidationError as invalid:
         errors = invalid.errors()
-        shown = [_explain(e, lines) for e in errors[:SHOWN_ERRORS]]
+        shown = [explain(e, lines) for e in errors[:SHOWN_ERRORS]]
         if len(errors) > SHOWN_ERRORS:
             shown.append(f"and {len(errors) - SHOWN_ERRORS} more")
         raise ConfigError(*_split("\n".join(shown))) from invalid

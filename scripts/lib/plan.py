@@ -17,7 +17,17 @@ from pathlib import Path
 
 from scripts.lib import cli, graph
 from scripts.lib.errors import UserError
-from scripts.lib.store import HARMED, MAY, NEVER, STATE, Store
+from scripts.lib.store import (
+    HARMED,
+    IN_RUN,
+    MAY,
+    NEVER,
+    RUN_LOCK,
+    STATE,
+    Store,
+    dvc_errors,
+    try_lock,
+)
 
 FEW = 3
 DEFAULT = Path("config/config.yaml")
@@ -124,14 +134,20 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse_args(argv)
     store = Store(graph.build(args.config))
     if args.write:
-        if store.declare():
+        STATE.mkdir(exist_ok=True)
+        with open(RUN_LOCK, "a+") as run:
+            if not os.environ.get(IN_RUN) and not try_lock(run):
+                raise UserError("dvc repro", "a build is running here", "wait for it")
+            rewritten = store.declare()
+        if rewritten:
             raise UserError(
                 "dvc.yaml",
                 "was not the graph of the config; it has been rewritten",
                 "run `dvc repro` again",
             )
         return 0
-    store.sync()
+    with dvc_errors():
+        store.sync()
     for target in args.draw:
         from scripts.lib.draw import draw
 

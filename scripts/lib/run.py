@@ -23,12 +23,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from scripts.lib import cli, graph
+from scripts.lib import cli, graph, identity
 from scripts.lib.attest import attest
 from scripts.lib.digest import Memory, md5_file, tree_digest, write_atomic
 from scripts.lib.errors import UserError
@@ -38,12 +41,16 @@ from scripts.lib.stages import STAGES
 from scripts.lib.store import (
     GRAPH,
     IN_RUN,
+    REMOTE,
+    RUN_LOCK,
     STATE,
     Record,
     Store,
     dump_yaml,
+    dvc_errors,
     load_yaml,
     read_lock,
+    try_lock,
 )
 
 if TYPE_CHECKING:
@@ -52,8 +59,8 @@ if TYPE_CHECKING:
 
 TAIL_LINES = 20
 SHOW_SECONDS = 4.0
-NOT_DONE = 75
-"""Exit code of a script that saved and stopped before its last step."""
+RESUMES_IN_OUT = {"tokenize"}
+"""Stages that find finished parts of their own in --out."""
 
 
 def say(node: Node, text: str) -> None:
@@ -73,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     id = f"{args.stage}/{args.node}"
     if id not in whole.nodes:
         raise UserError(id, "no such node", f"there are: {', '.join(whole.nodes)}")
-    Job(Store(whole), whole.nodes[id]).run()
+    with dvc_errors():
+        Job(Store(whole), whole.nodes[id]).run()
     return 0
 
 
@@ -87,8 +95,11 @@ def current_graph() -> Graph:
 
 def read_plan_command() -> str:
     """The config that dvc.yaml was made from."""
-    words = load_yaml(Path("dvc.yaml"))["stages"]["plan"]["cmd"].split()
-    return str(words[words.index("--config") + 1])
+    try:
+        words = load_yaml(Path("dvc.yaml"))["stages"]["plan"]["cmd"].split()
+        return str(words[words.index("--config") + 1])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError("dvc.yaml", "names no config", "run `make plan`") from error
 
 
 class Job:
@@ -99,27 +110,39 @@ class Job:
         self.by_dvc = "DVC_STAGE" in os.environ
 
     def run(self) -> None:
-        with self.alone():
+        with self.alone(), self.only_run():
             from dvc.repo import Repo
 
             logging.getLogger("dvc").setLevel(logging.WARNING)
             with Repo(_wait_for_lock=True) as repo:
                 link_only(repo)
+                for file in self.node.files:
+                    if not Path(file).exists() and Path(f"{file}.dvc").exists():
+                        say(self.node, f"pulls {file}")
+                        repo.pull(targets=[f"{file}.dvc"])
                 for parent in self.node.parents:
                     self.fetch(repo, parent)
-                self.stage = self.collect(repo)
+                self.collect(repo)
+                self.check_unedited()
                 if not self.by_dvc and self.restore(repo):
                     return
                 self.build(repo)
+
+    @contextmanager
+    def only_run(self) -> Iterator[None]:
+        """Under `dvc repro`, keep Snakemake's builds out while the job runs."""
+        with open(RUN_LOCK, "a+") as run:
+            alone = os.environ.get(IN_RUN) or not self.by_dvc or try_lock(run)
+            if not alone:
+                raise UserError("dvc repro", "a build is running here", "wait for it")
+            yield
 
     def alone(self) -> IO[str]:
         """Hold the node's lock, which ends with this process and its script's."""
         path = STATE / self.node.stage / f"{self.node.name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(lock):
             say(self.node, "waits for the process that builds it already")
             fcntl.flock(lock, fcntl.LOCK_EX)
         os.set_inheritable(lock.fileno(), True)
@@ -149,6 +172,7 @@ class Job:
                 p for p in missing if memory.recorded_as(Path(p)) != recorded.get(p)
             ]
             if missing:
+                REMOTE.unlink(missing_ok=True)  # it remembered wrongly
                 raise UserError(
                     ", ".join(missing),
                     "recorded in dvc.lock, but in no cache and no remote",
@@ -157,8 +181,8 @@ class Job:
         memory.save()
         tell_dvc(repo, memory, parent)
 
-    def collect(self, repo: Repo) -> PipelineStage:
-        """The node's DVC stage with its inputs as they are now, and its key."""
+    def collect(self, repo: Repo) -> None:
+        """Take the inputs as they are now, and the key that follows from them."""
         from dvc.dependency.param import ParamsDependency
         from dvc.repo import lock_repo
         from dvc_data.hashfile.hash_info import HashInfo
@@ -173,10 +197,43 @@ class Job:
                     dep.hash_info = HashInfo("params", {key: self.node.params})  # type: ignore[arg-type]
                 else:
                     self.deps[dep.def_path] = str(dep.hash_info.value)
-        self.inputs = [(d.hash_info, d.meta) for d in stage.deps]
+        self.inputs = {d.def_path: (d.hash_info, d.meta) for d in stage.deps}
         text = json.dumps([self.node.params, self.deps], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return stage
+
+    def check_unedited(self) -> None:
+        """Raise where what the node is made from is no longer what was planned.
+
+        Scripts run as they are on disk, and an orphan of a killed run may end after
+        another was planned: neither may be recorded as what it is not.
+        """
+        node = self.node
+        identity.forget()
+        changed = []
+        if identity.code_of(STAGES[node.stage].script) != node.code:
+            changed.append("its code")
+        store = Store(self.store.graph)
+        changed += [f for f in node.files if store.digest(f) != self.deps[f]]
+        if not self.by_dvc:
+            entries = read_lock()
+            for path in node.artifacts:
+                owner = self.store.graph.owner(path)
+                entry = entries.get(self.store.graph.nodes[str(owner)].dvc, {})
+                if Record.of(entry).outs.get(path) != self.deps[path]:
+                    changed.append(path)
+        if os.environ.get(IN_RUN):
+            planned = Graph.from_json(GRAPH.read_text()).nodes.get(node.id)
+            if planned is None or (planned.params, planned.flags) != (
+                node.params,
+                node.flags,
+            ):
+                changed.append("the plan")
+        if changed:
+            raise UserError(
+                node.id,
+                f"{', '.join(changed)} changed since it was planned",
+                "run again",
+            )
 
     # ---- built before ----------------------------------------------------------
 
@@ -214,8 +271,10 @@ class Job:
 
     def set_inputs(self, stage: PipelineStage) -> None:
         """Give a freshly read DVC stage the inputs that this job started with."""
-        for dep, (digest, meta) in zip(stage.deps, self.inputs, strict=True):
-            dep.hash_info, dep.meta = digest, meta
+        if {d.def_path for d in stage.deps} != set(self.inputs):
+            raise UserError("dvc.yaml", "was rewritten meanwhile", "run again")
+        for dep in stage.deps:
+            dep.hash_info, dep.meta = self.inputs[dep.def_path]
 
     # ---- building --------------------------------------------------------------
 
@@ -228,6 +287,8 @@ class Job:
         self.script(content)
         parent = dict(node.flags).get("--parent")
         attest(node.stage, node.recipe, content, Path(parent) if parent else None)
+        (self.work / "finished").touch()
+        self.check_unedited()
         provenance = self.provenance(began)
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
         self.publish(repo)
@@ -238,10 +299,11 @@ class Job:
         node = self.node
         if content.exists() and (self.work / "finished").exists():
             return  # killed between the script's end and publishing
+        (self.work / "finished").unlink(missing_ok=True)
         self.work.mkdir(parents=True, exist_ok=True)
         (self.work / "recipe.yaml").write_text(dump_yaml(node.recipe))
         self.resumed = (self.work / "progress.json").exists()
-        if STAGES[node.stage].trains:
+        if node.stage not in RESUMES_IN_OUT:
             shutil.rmtree(self.out, ignore_errors=True)
         command = [sys.executable, "-m", STAGES[node.stage].script]
         command += ["--recipe", str(self.work / "recipe.yaml")]
@@ -266,6 +328,7 @@ class Job:
             self.show_log(log)
             process = subprocess.Popen(
                 command,
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -274,13 +337,12 @@ class Job:
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, lambda *_: process.terminate())
             code = self.watch(process)
-        if code == NOT_DONE:
+        if code == cli.NOT_DONE:
             raise UserError(node.id, "stopped by a signal after saving", "run again")
         if code:
             self.explain(code, log)
         for out in node.outs[1:-1]:  # metrics do not count as content
             (content / Path(out).name).replace(self.out / Path(out).name)
-        (self.work / "finished").touch()
 
     def show_log(self, log: Path) -> None:
         """Have logs/<stage>/<node>.log be the log in the work folder.
@@ -377,7 +439,10 @@ class Job:
     # ---- publishing ------------------------------------------------------------
 
     def publish(self, repo: Repo) -> None:
-        """Hash, rename into place, record: at no time is an artifact half there."""
+        """Hash, rename into place, record: at no time is an artifact half there.
+
+        What was there before is in DVC's cache.
+        """
         folder = Path(self.node.folder)
         for path in self.out.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make 0600
@@ -388,8 +453,8 @@ class Job:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             folder.rename(old)
-        self.out.rename(folder)
         (self.work / "finished").unlink(missing_ok=True)
+        self.out.rename(folder)
         outs = {}
         for out in self.node.outs:
             name = str(Path(out).relative_to(folder))
@@ -403,6 +468,7 @@ class Job:
         seen.known = {}
         for name, md5 in sums.items():
             seen.remember(folder / name, md5)
+        seen.save()
         tell_dvc(repo, seen, self.node)
         if not self.by_dvc:
             self.record(repo)
@@ -412,7 +478,7 @@ class Job:
     def check_space(self, repo: Repo, size: int) -> None:
         """Raise before anything is moved if DVC's cache has no room for a copy."""
         cache = Path(repo.cache.local.path)
-        linked = cache.stat().st_dev == self.out.stat().st_dev
+        linked = repo.cache.local.cache_types == ["hardlink"]
         free = shutil.disk_usage(cache).free
         need = (1 << 20) if linked else size + (1 << 20)
         if free < need:
@@ -477,8 +543,20 @@ def link_only(repo: Repo) -> None:
     cache = Path(repo.cache.local.path)
     cache.mkdir(parents=True, exist_ok=True)
     types = repo.cache.local.cache_types
-    if "hardlink" in types and cache.stat().st_dev == Path().stat().st_dev:
+    if "hardlink" in types and can_link(cache):
         repo.cache.local.cache_types = ["hardlink"]
+
+
+def can_link(cache: Path) -> bool:
+    """Whether a file in the cache can have a second name in the project."""
+    with tempfile.NamedTemporaryFile(dir=cache, prefix=".link-") as file:
+        name = STATE / Path(file.name).name
+        try:
+            os.link(file.name, name)
+        except OSError:
+            return False
+        name.unlink()
+        return True
 
 
 def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> None:
@@ -488,7 +566,7 @@ def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> Non
     are fetched again: a file edited through its link changes the cache too.
     What cannot be had stays missing.
     """
-    from dvc.exceptions import DvcException
+    from dvc.config import NoRemoteError
 
     for md5 in record.outs.values():
         listed = store.cache.listing(md5) if md5.endswith(".dir") else {"": md5}
@@ -500,9 +578,12 @@ def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> Non
         if not all(map(store.cache.holds, record.outs.values())):
             for objects in stage.get_used_objs().values():
                 repo.cloud.pull(objects)
-        stage.checkout(force=True)
-    except DvcException as error:
-        print(f"dvc: {str(error).splitlines()[0]}", file=sys.stderr)
+    except NoRemoteError:
+        pass
+    if all(map(store.cache.holds, record.outs.values())):
+        stage.checkout(
+            force=True
+        )  # never without all of it: that would empty what is here
 
 
 def tell_dvc(repo: Repo, memory: Memory, node: Node) -> None:
@@ -519,7 +600,12 @@ def tell_dvc(repo: Repo, memory: Memory, node: Node) -> None:
 
 
 def _git(*words: str) -> str | None:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

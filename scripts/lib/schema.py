@@ -31,7 +31,9 @@ Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 class Strict(BaseModel):
     """No unknown keys, no silent conversions, no changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False
+    )
 
 
 class Rows(Strict):
@@ -116,7 +118,7 @@ class TokenizeRecipe(Sources):
 
 class Tokenize(TokenizeRecipe):
     tokenizer: str = Field(description="Tokenizer node.")
-    data: dict[str, Rate] | Names = Field(
+    data: Annotated[dict[str, Rate], Field(min_length=1)] | Names = Field(
         description="Datasets; with weights as a mapping `name: weight`."
     )
 
@@ -293,7 +295,7 @@ class Config(Strict):
     export: dict[NodeName, Export] = {}
     eval: dict[NodeName, Eval] = {}
     report: dict[NodeName, Report] = {}
-    placement: dict[str, dict[str, Any]] = Field(
+    placement: dict[str, dict[str, dict[str, Any]]] = Field(
         {},
         description="By stage, then by node; `default` at either level is the base.",
     )

@@ -20,6 +20,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -32,6 +34,9 @@ from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 
 STATE = Path("state")
+RUN_LOCK = STATE / "run.lock"
+PLAN_LOCK = STATE / "plan.lock"
+REMOTE = STATE / "remote.json"
 GRAPH = STATE / "graph.json"
 PARAMS = Path("config/params.yaml")
 LOCK = Path("dvc.lock")
@@ -49,7 +54,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def dump_yaml(data: Any) -> str:
-    """YAML that the loaders of YAML 1.1 and 1.2 read alike."""
+    """YAML 1.2, as DVC reads it, without anchors."""
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 88
@@ -91,13 +96,18 @@ class Record:
 
     @classmethod
     def of(cls, entry: dict[str, Any], params_key: str = "") -> Record:
-        params = entry.get("params", {}).get(str(PARAMS), {}).get(params_key, {})
-        return cls(
-            {o["path"]: o["md5"] for o in entry.get("outs", [])},
-            {d["path"]: d["md5"] for d in entry.get("deps", [])},
-            params,
-            entry.get("cmd", ""),
-        )
+        try:
+            params = entry.get("params", {}).get(str(PARAMS), {}).get(params_key, {})
+            return cls(
+                {o["path"]: o["md5"] for o in entry.get("outs", [])},
+                {d["path"]: d["md5"] for d in entry.get("deps", [])},
+                params,
+                entry.get("cmd", ""),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                str(LOCK), f"not as DVC writes it: {error!r}", "git checkout dvc.lock"
+            ) from error
 
 
 def read_lock() -> dict[str, dict[str, Any]]:
@@ -106,14 +116,14 @@ def read_lock() -> dict[str, dict[str, Any]]:
     Raises UserError where it is not YAML, such as after a git merge.
     """
     try:
-        stages = load_yaml(LOCK).get("stages", {})
+        stages = load_yaml(LOCK).get("stages") or {}
+        return {name: dict(entry) for name, entry in stages.items()}
     except Exception as error:
         raise UserError(
             str(LOCK),
             f"cannot be read: {str(error).splitlines()[0]}",
             "resolve its merge, or take one side: git checkout --theirs dvc.lock",
         ) from error
-    return dict(stages)
 
 
 class Store:
@@ -124,6 +134,7 @@ class Store:
         self.cache = Cache()
         self.raw = Memory(STATE / "files.json")
         self.held: IO[str] | None = None
+        self.blocked = ""
         self.own: dict[str, list[str]] = {}
         self.records: dict[str, Record] = {}
         self.why: dict[str, list[str]] = {}
@@ -161,7 +172,7 @@ class Store:
         }
 
     def declare(self) -> bool:
-        """Write dvc.yaml and the parameters where they differ; record the plan stage.
+        """Write dvc.yaml and the parameters where they differ.
 
         True where dvc.yaml itself changed.
         """
@@ -170,7 +181,6 @@ class Store:
             if not path.exists() or path.read_text() != text:
                 write_atomic(path, text)
                 rewritten |= path.name == "dvc.yaml"
-        write_atomic(GRAPH, self.graph.to_json())
         return rewritten
 
     def plan_recorded(self) -> bool:
@@ -309,31 +319,45 @@ class Store:
 
     def _not_in_remote(self, absent: list[Node]) -> list[str]:
         """Of recorded nodes that are not in the cache, those no remote holds either."""
-        memo = STATE / "remote.json"
-        known = json.loads(memo.read_text()) if memo.exists() else []
+        try:
+            known = json.loads(REMOTE.read_text())
+        except (FileNotFoundError, ValueError):
+            known = []
         ask = [
             n for n in absent if not set(self.records[n.id].outs.values()) <= set(known)
         ]
         if not ask:
             return []
         done = subprocess.run(
-            ["dvc", "status", "--cloud", "--json", *(n.dvc for n in ask)],
+            [
+                sys.executable,
+                "-m",
+                "dvc",
+                "status",
+                "--cloud",
+                "--json",
+                *(n.dvc for n in ask),
+            ],
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode:
-            if "no remote" not in done.stderr.lower():
-                print(
-                    f"[plan] dvc status --cloud: {done.stderr.strip()}", file=sys.stderr
-                )
-            return [n.id for n in ask]
+            if "no remote" in done.stderr.lower():
+                return [n.id for n in ask]
+            names = ", ".join(n.id for n in ask)
+            raise UserError(
+                "dvc status --cloud",
+                f"{done.stderr.strip()}\n{names}: not here, and the remote does not say "
+                "whether it has them",
+                "mend the remote, or remove it: then they are built again",
+            )
         found = json.loads(done.stdout or "{}")
         gone = {path for path, state in found.items() if state == "missing"}
         lost = [n.id for n in ask if any(_within(p, n.outs) for p in gone)]
         there = [n for n in ask if n.id not in lost]
         known += [d for n in there for d in self.records[n.id].outs.values()]
-        write_atomic(memo, json.dumps(known))
+        write_atomic(REMOTE, json.dumps(known))
         return lost
 
     # ---- which manifests exist ----------------------------------------------------
@@ -368,7 +392,7 @@ class Store:
                 outs[node.id] = entry.outs
                 if write and not built:
                     self.write_manifest(node, entry.outs, entry.deps)
-            elif write:
+            elif write and (built or not keep):  # else a job may be writing it
                 path.unlink(missing_ok=True)
         self.why = why
         return why
@@ -386,17 +410,16 @@ class Store:
         Returns {node: why it is not current}. While another run is active nothing
         is written, and the answer is what that run has left to do.
         """
-        STATE.mkdir(exist_ok=True)
-        with open(STATE / "run.lock", "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with locked(PLAN_LOCK), open(RUN_LOCK, "a+") as run:
+            if not try_lock(run):
+                self.blocked = _holder(run)
                 print(
-                    f"[plan] {_holder(lock)}; this is what it has left", file=sys.stderr
+                    f"[plan] {self.blocked}; this is what it has left", file=sys.stderr
                 )
                 self.read()
                 return self.settle(keep=True, write=False)
             self.declare()
+            write_atomic(GRAPH, self.graph.to_json())
             if not self.plan_recorded():
                 _commit_plan()
             self.read()
@@ -405,30 +428,68 @@ class Store:
     def hold(self) -> None:
         """Until this process ends, be the only run in this folder.
 
-        Raises UserError where another run is active.
+        Raises UserError where another run is active, or has decided something else
+        since this one was planned.
         """
         if self.held:
             return
-        lock = open(STATE / "run.lock", "a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                str(STATE / "run.lock"),
-                _holder(lock),
-                "wait until it has finished; `make plan` shows what it has left",
-            ) from error
-        lock.truncate(0)
-        started = time.strftime("%F %T")
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}")
-        lock.flush()
-        self.held = lock
+        with locked(PLAN_LOCK):
+            run = open(RUN_LOCK, "a+")
+            if self.blocked or not try_lock(run):
+                raise UserError(
+                    str(RUN_LOCK),
+                    self.blocked or _holder(run),
+                    "wait until it has finished; `make plan` shows what it has left",
+                )
+            if GRAPH.read_text() != self.graph.to_json():
+                raise UserError(
+                    str(GRAPH), "another config was planned meanwhile", "run again"
+                )
+            run.truncate(0)
+            started = time.strftime("%F %T")
+            run.write(f"pid {os.getpid()} on {socket.gethostname()} since {started}")
+            run.flush()
+        self.held = run
         os.environ[IN_RUN] = "1"
 
     def refresh(self) -> None:
         """After a node: what became current need not run, what no longer is must."""
         if self.held:
             self.settle(keep=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO[str]]:
+    """Hold a lock file, waiting for it if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def try_lock(lock: IO[str]) -> bool:
+    """Take the lock if nobody has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def dvc_errors() -> Iterator[None]:
+    """Show what DVC refuses without a traceback."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("dvc", "scmrepo"):
+            raise
+        hint = (
+            ""
+            if Path(".dvc").is_dir() and Path(".git").exists()
+            else ("this folder is no git and DVC repository: git init && dvc init -f")
+        )
+        raise UserError("dvc", str(error), hint) from error
 
 
 def _within(path: str, outs: list[str]) -> bool:

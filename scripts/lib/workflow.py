@@ -11,7 +11,7 @@ from typing import Any
 from scripts.lib import graph, plan
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph
-from scripts.lib.store import GRAPH, IN_RUN, Store
+from scripts.lib.store import GRAPH, IN_RUN, Store, dvc_errors
 
 
 class Workflow:
@@ -28,17 +28,31 @@ class Workflow:
         was decided by that run.
         """
         os.chdir(workflow.basedir)
+        ours = str(Path(sys.executable).parent)  # also where it is not activated
+        os.environ["PATH"] = f"{ours}{os.pathsep}{os.environ.get('PATH', '')}"
         try:
-            if os.environ.get(IN_RUN) and GRAPH.exists():
-                return cls(Store(Graph.from_json(GRAPH.read_text())))
-            given = [os.path.relpath(p) for p in workflow.configfiles]
-            config = Path(given[-1]) if given else plan.chosen_config()
-            store = Store(graph.build(config))
-            store.sync()
-            plan.announce(store)
+            with dvc_errors():
+                return cls.decide(workflow)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+
+    @classmethod
+    def decide(cls, workflow: Any) -> Workflow:
+        """The graph of the run this belongs to, or of the config as it is now."""
+        if os.environ.get(IN_RUN) and GRAPH.exists():
+            return cls(Store(Graph.from_json(GRAPH.read_text())))
+        given = [os.path.relpath(p) for p in workflow.configfiles]
+        if len(given) > 1 or workflow.config_settings.config:
+            raise UserError(
+                "--config, --configfile",
+                "one file says it all, and DVC reads it too",
+                "write a config that starts with `extends: config.yaml`",
+            )
+        config = Path(given[-1]) if given else plan.chosen_config()
+        store = Store(graph.build(config))
+        store.sync()
+        plan.announce(store)
         return cls(store)
 
     def nodes(self, stage: str) -> list[str]:

@@ -25,7 +25,7 @@ from scripts.lib.schema import TrainingRecipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-NOT_DONE = 75
+NOT_DONE = cli.NOT_DONE
 MARKER = "whole.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -195,7 +195,9 @@ def train(
             # The Trainer loads saves without the renaming of keys that some models
             # (NemotronH) need, and would go on from other weights with a warning.
             if save is not None:
-                saved = AutoModelForCausalLM.from_pretrained(save, dtype="auto")
+                saved = AutoModelForCausalLM.from_pretrained(
+                    save, dtype="auto", trust_remote_code=False
+                )
                 trainer.model.load_state_dict(saved.state_dict(), strict=True)
 
         def on_step_end(
@@ -294,8 +296,10 @@ def load_parent(parent: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
     if not (parent / "config.json").is_file():
         raise RecipeError(str(parent), "holds no config.json", "give a model folder")
-    model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(parent)
+    model = AutoModelForCausalLM.from_pretrained(
+        parent, dtype=torch.float32, trust_remote_code=False
+    )
+    return model, AutoTokenizer.from_pretrained(parent, trust_remote_code=False)
 
 
 def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

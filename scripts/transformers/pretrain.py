@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         TrainingArguments,
     )
 
-    config = AutoConfig.from_pretrained(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(
             str(args.model / "config.json"),
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             f"max_position_embeddings, {config.max_position_embeddings}",
         )
     sequences = load_sequences(args.data, recipe)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     common.align(model, tokenizer)
     model.config.use_cache = False
     trainer = Trainer(

@@ -202,3 +202,46 @@ def test_training_waits_for_all_data_of_its_descendants(folder: Path):
 def test_a_graph_survives_json(folder: Path):
     whole = graph.build(Path("config/config.yaml"))
     assert graph.Graph.from_json(whole.to_json()).nodes == whole.nodes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "placement: {sft: {instruct: 4}}",
+        "placement: {sft: {instruct: {cpus: '4'}}}",
+        "placement: {default: {default: {memory_gb: .inf}}}",
+        "sft: {instruct: 3}",
+        "sft: [instruct]",
+        "tokenize: {corpus: {data: {corpus: null}}}",
+        "data: {own: {files: 'data/**.jsonl'}}\ntokenizer: {tiny: {data: own}}",
+        "data: {own: {files: state/x.jsonl}}\ntokenizer: {tiny: {data: own}}",
+        "pretrain: {base: {lr: .inf}}",
+        "tokenizer: {tiny: {chat_template: config}}",
+    ],
+)
+def test_odd_forms_are_refused_without_a_traceback(folder: Path, text: str):
+    with pytest.raises(UserError):
+        graph.build(overlay(text + "\n"))
+
+
+def test_an_empty_section_or_node_has_its_defaults(folder: Path):
+    edit("report:\n  main: {title: A tiny hybrid learns to add}", "report: {main: }")
+    assert "report/main" in graph.build(Path("config/config.yaml")).nodes
+
+
+def test_a_config_outside_the_project_is_not_read(folder: Path):
+    Path("config/top.yaml").write_text("extends: /etc/passwd\n")
+    with pytest.raises(ConfigError, match="outside of the project"):
+        load_config(Path("config/top.yaml"))
+
+
+def test_data_that_dvc_tracks_counts_whether_pulled_or_not(folder: Path):
+    Path("data").mkdir()
+    Path("data/a.jsonl").write_text('{"text": "one"}\n')
+    for name in ("a", "b"):
+        Path(f"data/{name}.jsonl.dvc").write_text("outs: [{md5: x, path: x}]\n")
+    top = overlay(
+        'data: {own: {files: "data/*.jsonl"}}\ntokenize: {corpus: {data: own}}\n'
+    )
+    files = graph.build(top).nodes["tokenize/corpus"].files
+    assert files == ("data/a.jsonl", "data/b.jsonl")

@@ -52,14 +52,14 @@ def test_a_bad_chat_stops_the_build_before_training(project: Project):
 
 
 def test_a_truncated_archive_is_named(project: Project):
-    plain = project.path / "data/sums.jsonl"
+    plain = project.path / "data/chat.jsonl"
     packed = gzip.compress(plain.read_bytes())
-    (project.path / "data/sums.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (project.path / "data/chat.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     project.edit(
-        "config/config.yaml", "files: data/sums.jsonl", "files: data/sums.jsonl.gz"
+        "config/config.yaml", "files: data/chat.jsonl", "files: data/chat.jsonl.gz"
     )
-    text = project.snakemake("prompts", check=False)
-    assert project.code and "data/sums.jsonl.gz" in text and "cut short" in text
+    text = project.snakemake("pack", check=False)
+    assert project.code and "data/chat.jsonl.gz" in text and "cut short" in text
 
 
 def test_a_diverging_run_publishes_nothing_and_names_the_step(project: Project):
@@ -125,3 +125,42 @@ def test_a_config_mistake_stops_before_anything_is_queued(project: Project):
 def test_published_files_are_links_to_the_cache_not_copies(built: Project):
     weights = built.path / "artifacts/export/nano/model/model.safetensors"
     assert os.stat(weights).st_nlink >= 2
+
+
+def test_code_edited_during_a_build_is_not_recorded_as_what_it_was(project: Project):
+    before = project.lock()
+    project.edit("config/config.yaml", "lr: 1.0e-5", "lr: 2.0e-5")
+    run = project.start_grpo()
+    project.edit(
+        "scripts/transformers/grpo.py", "\n\ndef main(", "\n\nX = 1\n\n\ndef main("
+    )
+    _, text = run.communicate()
+    assert run.returncode and "its code changed since it was planned" in text
+    recorded = project.lock()
+    assert recorded.split("grpo-reasoner")[1] == before.split("grpo-reasoner")[1]
+    assert project.build("grpo") == {"grpo/reasoner": "built"}
+
+
+def test_a_remote_that_does_not_answer_starts_no_training(clone: Project):
+    clone.sh("dvc", "remote", "modify", "store", "url", "s3://nowhere/at/all")
+    text = clone.snakemake("export", check=False)
+    assert clone.code and "does not say whether it has them" in text
+    assert "starts" not in text
+
+
+def test_raw_data_in_dvc_is_pulled_when_it_is_read(project: Project, tmp_path: Path):
+    project.sh("dvc", "add", "-q", "data/sums.jsonl")
+    assert project.planned() == set()
+    project.commit()
+    project.sh("dvc", "push", "-q")
+    path = tmp_path / "clone"
+    project.sh("git", "clone", "-q", str(project.path), str(path))
+    clone = Project(path)
+    assert clone.planned() == set()
+    clone.edit("config/config.yaml", "max_prompt_tokens: 64", "max_prompt_tokens: 63")
+    assert clone.build("prompts") == {"prompts/sums": "built"}
+
+
+def test_more_than_one_config_is_refused(project: Project):
+    text = project.sh("snakemake", "-n", "export", "--config", "a=b", check=False)
+    assert project.code and "one file says it all" in text

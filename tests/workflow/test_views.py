@@ -13,11 +13,12 @@ import pytest
 from tests.workflow.conftest import ROOT, Project
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
+FENCED = re.findall(r"(?ms)^```(\w*)\n(.*?)^```", README)
+BLOCKS = [text for language, text in FENCED if not language]
 COMMANDS = [
     line
     for block in BLOCKS
-    for line in block.splitlines()
+    for line in block.replace("$ ", "").splitlines()
     if re.match(r"(make|snakemake|python -m|dvc) ", line)
 ] + re.findall(r"`((?:make|snakemake|dvc|python -m) [^`]+)`", README)
 
