@@ -27,7 +27,6 @@ Chats are packed by best fit decreasing; rows are then shuffled by the seed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -117,7 +116,7 @@ class ChatEncoder:
 
 def main(argv: list[str] | None = None) -> int:
     """Read, tokenize, pack and write."""
-    args = parse(argv)
+    args = cli.parse_rows(__doc__, argv)
     recipe = cli.load_recipe(args.recipe, PackRecipe)
     chats = Chats(recipe.sequence_length)
     encoder = ChatEncoder(args.tokenizer)
@@ -159,16 +158,6 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "packing.json").write_text(json.dumps(counts, indent=2) + "\n")
     progress.report(max(1, done), max(1, done), chats=len(chats.lengths))
     return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags of the stage."""
-    flags = cli.parser(__doc__)
-    flags.add_argument("--tokenizer", type=Path, required=True, help="its folder")
-    flags.add_argument(
-        "--data", action="append", default=[], metavar="NAME=PATH", help="repeated"
-    )
-    return cli.parse(flags, argv)
 
 
 def checked(row: Row, column: str) -> list[dict[str, Any]]:

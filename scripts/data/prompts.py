@@ -38,7 +38,7 @@ NAMED = 5
 
 def main(argv: list[str] | None = None) -> int:
     """Read, measure, split and write."""
-    args = parse(argv)
+    args = cli.parse_rows(__doc__, argv)
     recipe = cli.load_recipe(args.recipe, PromptsRecipe)
     tokenizer = load_tokenizer(args.tokenizer)
     answers, counts = read(recipe, args, tokenizer)
@@ -48,16 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     counts = {"train": len(train), "validation": len(validation), **counts}
     (args.out / "prompts.json").write_text(json.dumps(counts, indent=2) + "\n")
     return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags of the stage."""
-    flags = cli.parser(__doc__)
-    flags.add_argument("--tokenizer", type=Path, required=True, help="its folder")
-    flags.add_argument(
-        "--data", action="append", default=[], metavar="NAME=PATH", help="repeated"
-    )
-    return cli.parse(flags, argv)
 
 
 def load_tokenizer(folder: Path) -> Any:

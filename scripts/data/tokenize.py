@@ -23,7 +23,6 @@ document without a token is a document entry with no sequence and no EOD.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -76,7 +75,7 @@ class Encoder:
 
 def main(argv: list[str] | None = None) -> int:
     """Tokenize every source that is not whole yet, then write the blend."""
-    args = parse(argv)
+    args = cli.parse_rows(__doc__, argv)
     recipe = cli.load_recipe(args.recipe, TokenizeRecipe)
     sources = named_sources(recipe.sources, cli.named_paths(args.data))
     encoder = Encoder(args.tokenizer)
@@ -111,16 +110,6 @@ def main(argv: list[str] | None = None) -> int:
         },
     )
     return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags of the stage."""
-    flags = cli.parser(__doc__)
-    flags.add_argument("--tokenizer", type=Path, required=True, help="its folder")
-    flags.add_argument(
-        "--data", action="append", default=[], metavar="NAME=PATH", help="repeated"
-    )
-    return cli.parse(flags, argv)
 
 
 def write(

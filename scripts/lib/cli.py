@@ -48,6 +48,16 @@ def parse(flags: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Na
     return args
 
 
+def parse_rows(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags of a stage that turns rows into tokens."""
+    flags = parser(doc)
+    flags.add_argument("--tokenizer", type=Path, required=True, help="its folder")
+    flags.add_argument(
+        "--data", action="append", default=[], metavar="NAME=PATH", help="repeated"
+    )
+    return parse(flags, argv)
+
+
 def named_paths(values: list[str]) -> dict[str, list[Path]]:
     """`NAME=PATH` flags as {name: paths}, both in the order given.
 

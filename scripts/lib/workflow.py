@@ -27,30 +27,29 @@ class Workflow:
         `workflow` is Snakemake's. In a job of a run that is under way, everything
         was decided by that run.
         """
+        given = [Path(p).absolute() for p in workflow.configfiles]
         os.chdir(workflow.basedir)
         ours = str(Path(sys.executable).parent)  # also where it is not activated
         os.environ["PATH"] = f"{ours}{os.pathsep}{os.environ.get('PATH', '')}"
         try:
             with dvc_errors():
-                return cls.decide(workflow)
+                return cls.decide(workflow, [Path(os.path.relpath(p)) for p in given])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
     @classmethod
-    def decide(cls, workflow: Any) -> Workflow:
+    def decide(cls, workflow: Any, given: list[Path]) -> Workflow:
         """The graph of the run this belongs to, or of the config as it is now."""
         if os.environ.get(IN_RUN) and GRAPH.exists():
             return cls(Store(Graph.from_json(GRAPH.read_text())))
-        given = [os.path.relpath(p) for p in workflow.configfiles]
         if len(given) > 1 or workflow.config_settings.config:
             raise UserError(
                 "--config, --configfile",
                 "one file says it all, and DVC reads it too",
                 "write a config that starts with `extends: config.yaml`",
             )
-        config = Path(given[-1]) if given else plan.chosen_config()
-        store = Store(graph.build(config))
+        store = Store(graph.build(given[0] if given else plan.chosen_config()))
         store.sync()
         plan.announce(store)
         return cls(store)
