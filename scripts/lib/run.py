@@ -123,7 +123,6 @@ class Job:
                 for parent in self.node.parents:
                     self.fetch(repo, parent)
                 self.collect(repo)
-                self.check_unedited()
                 if not self.by_dvc and self.restore(repo):
                     return
                 self.build(repo)
@@ -201,19 +200,32 @@ class Job:
         text = json.dumps([self.node.params, self.deps], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def check_unedited(self) -> None:
+    def copy_code(self) -> Path:
+        """The code that was planned, in a folder that edits do not reach."""
+        copy = self.work / "code"
+        shutil.rmtree(copy, ignore_errors=True)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree("scripts", copy / "scripts", ignore=ignored)
+        identity.forget()
+        if identity.code_of(STAGES[self.node.stage].script) != self.node.code:
+            raise UserError(
+                self.node.id, "its code changed since it was planned", "run again"
+            )
+        return copy
+
+    def check_planned(self) -> None:
         """Raise where what the node is made from is no longer what was planned.
 
-        Scripts run as they are on disk, and an orphan of a killed run may end after
-        another was planned: neither may be recorded as what it is not.
+        An orphan of a killed run may end after another was planned, and data may be
+        written to while it is read: neither may be recorded as what it is not.
         """
         node = self.node
-        identity.forget()
-        changed = []
-        if identity.code_of(STAGES[node.stage].script) != node.code:
-            changed.append("its code")
         store = Store(self.store.graph)
-        changed += [f for f in node.files if store.digest(f) != self.deps[f]]
+        changed = [f for f in node.files if store.digest(f) != self.deps[f]]
+        if changed and not STAGES[node.stage].trains:  # those read all as they start
+            shutil.rmtree(self.work)
+            raise UserError(changed[0], f"changed while {node.id} read it", "run again")
+        changed = []
         if not self.by_dvc:
             entries = read_lock()
             for path in node.artifacts:
@@ -288,7 +300,7 @@ class Job:
         parent = dict(node.flags).get("--parent")
         attest(node.stage, node.recipe, content, Path(parent) if parent else None)
         (self.work / "finished").touch()
-        self.check_unedited()
+        self.check_planned()
         provenance = self.provenance(began)
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
         self.publish(repo)
@@ -301,11 +313,12 @@ class Job:
             return  # killed between the script's end and publishing
         (self.work / "finished").unlink(missing_ok=True)
         self.work.mkdir(parents=True, exist_ok=True)
+        code = self.copy_code()
         (self.work / "recipe.yaml").write_text(dump_yaml(node.recipe))
         self.resumed = (self.work / "progress.json").exists()
         if node.stage not in RESUMES_IN_OUT:
             shutil.rmtree(self.out, ignore_errors=True)
-        command = [sys.executable, "-m", STAGES[node.stage].script]
+        command = [sys.executable, "-P", "-m", STAGES[node.stage].script]
         command += ["--recipe", str(self.work / "recipe.yaml")]
         command += ["--out", str(content), "--work", str(self.work)]
         command += [word for flag in node.flags for word in flag]
@@ -315,6 +328,9 @@ class Job:
             command += self.report_flags()
         environment = {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(code.absolute()), os.environ.get("PYTHONPATH")])
+            ),
             "OMP_NUM_THREADS": str(node.placement["cpus"]),
             "GOMP_SPINCOUNT": "1000",  # threads that spin starve what runs beside them
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -336,11 +352,11 @@ class Job:
             )
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, lambda *_: process.terminate())
-            code = self.watch(process)
-        if code == cli.NOT_DONE:
+            status = self.watch(process)
+        if status == cli.NOT_DONE:
             raise UserError(node.id, "stopped by a signal after saving", "run again")
-        if code:
-            self.explain(code, log)
+        if status:
+            self.explain(status, log)
         for out in node.outs[1:-1]:  # metrics do not count as content
             (content / Path(out).name).replace(self.out / Path(out).name)
 

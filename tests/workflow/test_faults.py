@@ -127,18 +127,17 @@ def test_published_files_are_links_to_the_cache_not_copies(built: Project):
     assert os.stat(weights).st_nlink >= 2
 
 
-def test_code_edited_during_a_build_is_not_recorded_as_what_it_was(project: Project):
-    before = project.lock()
+def test_code_edited_during_a_build_is_not_what_runs(project: Project):
     project.edit("config/config.yaml", "lr: 1.0e-5", "lr: 2.0e-5")
     run = project.start_grpo()
-    project.edit(
-        "scripts/transformers/grpo.py", "\n\ndef main(", "\n\nX = 1\n\n\ndef main("
-    )
-    _, text = run.communicate()
-    assert run.returncode and "its code changed since it was planned" in text
-    recorded = project.lock()
-    assert recorded.split("grpo-reasoner")[1] == before.split("grpo-reasoner")[1]
-    assert project.build("grpo") == {"grpo/reasoner": "built"}
+    script = project.path / "scripts/transformers/grpo.py"
+    text = script.read_text()
+    script.write_text("raise SystemExit('this was not planned')\n" + text)
+    _, said = run.communicate()
+    assert run.returncode == 0, said
+    assert "scripts/transformers/grpo.py changed" in project.reason("grpo/reasoner")
+    script.write_text(text)
+    assert project.planned("grpo") == set()
 
 
 def test_a_remote_that_does_not_answer_starts_no_training(clone: Project):
