@@ -583,6 +583,7 @@ def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> Non
     What cannot be had stays missing.
     """
     from dvc.config import NoRemoteError
+    from dvc.exceptions import CollectCacheError
 
     for md5 in record.outs.values():
         listed = store.cache.listing(md5) if md5.endswith(".dir") else {"": md5}
@@ -594,7 +595,7 @@ def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> Non
         if not all(map(store.cache.holds, record.outs.values())):
             for objects in stage.get_used_objs().values():
                 repo.cloud.pull(objects)
-    except NoRemoteError:
+    except (NoRemoteError, CollectCacheError):
         pass
     if all(map(store.cache.holds, record.outs.values())):
         stage.checkout(
