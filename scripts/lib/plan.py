@@ -19,14 +19,12 @@ from scripts.lib import cli, graph
 from scripts.lib.errors import UserError
 from scripts.lib.store import (
     HARMED,
-    IN_RUN,
     MAY,
     NEVER,
-    RUN_LOCK,
     STATE,
     Store,
+    apart_from_builds,
     dvc_errors,
-    try_lock,
 )
 
 FEW = 3
@@ -134,10 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse_args(argv)
     store = Store(graph.build(args.config))
     if args.write:
-        STATE.mkdir(exist_ok=True)
-        with open(RUN_LOCK, "a+") as run:
-            if not os.environ.get(IN_RUN) and not try_lock(run):
-                raise UserError("dvc repro", "a build is running here", "wait for it")
+        with apart_from_builds():
             rewritten = store.declare()
         if rewritten:
             raise UserError(

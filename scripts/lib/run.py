@@ -25,8 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -42,10 +41,10 @@ from scripts.lib.store import (
     GRAPH,
     IN_RUN,
     REMOTE,
-    RUN_LOCK,
     STATE,
     Record,
     Store,
+    apart_from_builds,
     dump_yaml,
     dvc_errors,
     load_yaml,
@@ -110,7 +109,7 @@ class Job:
         self.by_dvc = "DVC_STAGE" in os.environ
 
     def run(self) -> None:
-        with self.alone(), self.only_run():
+        with self.alone(), apart_from_builds() if self.by_dvc else nullcontext():
             from dvc.repo import Repo
 
             logging.getLogger("dvc").setLevel(logging.WARNING)
@@ -126,15 +125,6 @@ class Job:
                 if not self.by_dvc and self.restore(repo):
                     return
                 self.build(repo)
-
-    @contextmanager
-    def only_run(self) -> Iterator[None]:
-        """Under `dvc repro`, keep Snakemake's builds out while the job runs."""
-        with open(RUN_LOCK, "a+") as run:
-            alone = os.environ.get(IN_RUN) or not self.by_dvc or try_lock(run)
-            if not alone:
-                raise UserError("dvc repro", "a build is running here", "wait for it")
-            yield
 
     def alone(self) -> IO[str]:
         """Hold the node's lock, which ends with this process and its script's."""
@@ -548,7 +538,7 @@ def progress_line(path: Path, trains: bool) -> str:
 
 def number(value: float) -> str:
     """Counts whole, measures to four digits."""
-    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def link_only(repo: Repo) -> None:
@@ -597,10 +587,9 @@ def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> Non
                 repo.cloud.pull(objects)
     except (NoRemoteError, CollectCacheError):
         pass
+    # without all of it, a checkout would empty what is here
     if all(map(store.cache.holds, record.outs.values())):
-        stage.checkout(
-            force=True
-        )  # never without all of it: that would empty what is here
+        stage.checkout(force=True)
 
 
 def tell_dvc(repo: Repo, memory: Memory, node: Node) -> None:

@@ -477,6 +477,19 @@ def try_lock(lock: IO[str]) -> bool:
 
 
 @contextmanager
+def apart_from_builds() -> Iterator[None]:
+    """For what `dvc repro` runs: keep Snakemake's builds in this folder out meanwhile.
+
+    Raises UserError where one is active, unless this is part of it.
+    """
+    STATE.mkdir(exist_ok=True)
+    with open(RUN_LOCK, "a+") as run:
+        if not os.environ.get(IN_RUN) and not try_lock(run):
+            raise UserError("dvc repro", "a build is running here", "wait for it")
+        yield
+
+
+@contextmanager
 def dvc_errors() -> Iterator[None]:
     """Show what DVC refuses without a traceback."""
     try:
