@@ -2,6 +2,9 @@
 
 A save counts only with its marker, written last and holding the digest of each of
 its files; a run resumes from the newest save that its marker proves whole.
+
+Several processes train one model where torchrun starts them: each takes its part of
+every batch, and only the first, the writer, prints and writes results.
 """
 
 from __future__ import annotations
@@ -23,10 +26,15 @@ from scripts.lib.progress import Progress
 from scripts.lib.schema import TrainingRecipe
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 NOT_DONE = cli.NOT_DONE
 MARKER = "whole.json"
+STOP = "stop"
+"""A file of this name in --work asks to save and stop; whoever asks removes it."""
+STOPPED = "stopped"
+"""Holds the step a run stopped at after a save: torchrun hides exit codes."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,6 +65,30 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         "--save-steps", type=int, default=100, help="steps between two saves in --work"
     )
     return flags
+
+
+# --- processes ---------------------------------------------------------------
+
+
+def num_processes() -> int:
+    """How many processes train this model, as torchrun tells each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return num_processes() == 1 or os.environ["RANK"] == "0"
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of all processes' values; none goes on before all have come here."""
+    if num_processes() == 1:
+        return value
+    import torch
+
+    values = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return int(values)
 
 
 # --- saves -------------------------------------------------------------------
@@ -113,6 +145,13 @@ def newest_whole(work: Path) -> Path | None:
     return None
 
 
+def agreed_save(work: Path, device: torch.device) -> Path | None:
+    """The newest whole save as the writer finds it, the same in all processes."""
+    found = newest_whole(work) if is_writer() else None
+    step = largest(step_of(found) if found else -1, device)
+    return work / f"checkpoint-{step}" if step >= 0 else None
+
+
 # --- training ----------------------------------------------------------------
 
 
@@ -124,6 +163,10 @@ def prepare(recipe: TrainingRecipe) -> None:
     # Read when torch is imported, which is why it stands before that.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Alone with several GPUs, Transformers would give each a batch of the recipe's.
+    if num_processes() == 1:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.partition(",")[0]
     import torch
     import transformers
 
@@ -140,14 +183,22 @@ def settings(recipe: TrainingRecipe, args: argparse.Namespace) -> dict[str, Any]
     """The arguments all trainers take from the recipe and the flags.
 
     Each step is logged, so that what is logged does not depend on where a run was
-    cut and resumed; `write_metrics` averages them over `log_steps`.
+    cut and resumed; `write_metrics` averages them over `log_steps`. Raises RecipeError
+    where the batch cannot be split evenly among the processes.
     """
     import torch
 
+    if recipe.batch_size % num_processes():
+        raise RecipeError(
+            f"{args.recipe} batch_size",
+            f"{recipe.batch_size} is no multiple of the {num_processes()} processes",
+            "place the stage on a number of processes that divides its batch_size",
+        )
+    use_cpu = not torch.cuda.is_available()
     return {
         "output_dir": str(args.work),
         "max_steps": recipe.steps,
-        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_train_batch_size": recipe.batch_size // num_processes(),
         "learning_rate": recipe.lr,
         "lr_scheduler_type": recipe.lr_scheduler,
         "warmup_steps": recipe.warmup_steps,
@@ -167,7 +218,9 @@ def settings(recipe: TrainingRecipe, args: argparse.Namespace) -> dict[str, Any]
         "dataloader_pin_memory": False,
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": use_cpu,
+        # Left to itself, a torch built with MPI would want its launcher.
+        "ddp_backend": "gloo" if use_cpu and num_processes() > 1 else None,
     }
 
 
@@ -176,13 +229,16 @@ def train(
 ) -> bool:
     """Train to the recipe's last step, from the newest whole save if there is one.
 
-    Returns False where SIGTERM stopped it sooner, after a save. Raises
-    LossNotFinite, and NotDone where training ends at another step.
+    Returns False where SIGTERM to any process, or a file `stop` in --work, stopped it
+    sooner, after a save; the step is then in `stopped`. Raises LossNotFinite, and
+    NotDone where training ends at another step. All processes end alike.
     """
     from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
     progress = Progress(args.work)
-    stop_asked = False
+    stop_file, stopped_file = args.work / STOP, args.work / STOPPED
+    device = trainer.args.device
+    stop_asked = stopped = False
 
     def ask_to_stop(signum: int, frame: Any) -> None:
         nonlocal stop_asked
@@ -203,7 +259,10 @@ def train(
         def on_step_end(
             self, args: Any, state: Any, control: Any, **kwargs: Any
         ) -> Any:
-            if stop_asked and state.global_step < recipe.steps:
+            nonlocal stopped
+            wish = stop_asked or (is_writer() and stop_file.exists())
+            if largest(int(wish), device) and state.global_step < recipe.steps:
+                stopped = True
                 control.should_save = True
                 control.should_training_stop = True
             return control
@@ -215,28 +274,39 @@ def train(
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(logs.get(name, 0.0)):
                     raise LossNotFinite(state.global_step, logs[name])
+            if not is_writer():
+                return
             step, lr = state.global_step, logs["learning_rate"]
             progress.report(step, recipe.steps, **{metric: logs[metric]}, lr=lr)
             if step % recipe.log_steps == 0 or step == recipe.steps:
                 print(f"step {step} {metric} {logs[metric]:.4f}", flush=True)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            mark_whole(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            largest(0, device)  # the marker vouches for every process's files
+            if is_writer():
+                mark_whole(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch())
-    save = newest_whole(args.work)
-    if save is not None:
+    if is_writer():
+        stopped_file.unlink(missing_ok=True)
+    save = agreed_save(args.work, device)
+    if save is not None and is_writer():
         print(f"resuming from {save.name}", flush=True)
     signal.signal(signal.SIGTERM, ask_to_stop)
     trainer.train(resume_from_checkpoint=str(save) if save else None)
     step = trainer.state.global_step
-    if step < recipe.steps and stop_asked:
-        print(f"stopped at step {step} of {recipe.steps}, saved", flush=True)
-        return False
-    if step != recipe.steps:
+    if step != recipe.steps and not stopped:
         raise NotDone(f"training ended at step {step} of {recipe.steps}")
-    return True
+    if stopped:
+        # torchrun signals the others when the first has ended: all shall exit alike.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_writer():
+            stopped_file.write_text(str(step))
+            print(f"stopped at step {step} of {recipe.steps}, saved", flush=True)
+    largest(0, device)
+    trainer.accelerator.end_training()
+    return not stopped
 
 
 # --- results -----------------------------------------------------------------
@@ -252,8 +322,10 @@ def write_metrics(
     """Write metrics.jsonl: means over each `log_steps` steps, lr as of the last.
 
     `names` maps the trainer's names to ours, in the order of the columns; with
-    `tokens_a_step`, the tokens seen so far are added.
+    `tokens_a_step`, the tokens seen so far are added. Only the writer writes.
     """
+    if not is_writer():
+        return
     steps = [entry for entry in history if "loss" in entry]
     last = int(steps[-1]["step"])
     with open(path, "w", encoding="utf-8") as file:
@@ -282,7 +354,12 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer_folder: Path, out: Path) -> None:
-    """Write a Hugging Face folder: weights, configs, and the tokenizer's files."""
+    """Write a Hugging Face folder: weights, configs, and the tokenizer's files.
+
+    Only the writer writes.
+    """
+    if not is_writer():
+        return
     model.config.use_cache = True
     model.config._name_or_path = ""
     model.save_pretrained(out)

@@ -8,6 +8,7 @@ Writes  --out      Hugging Face folder; metrics.jsonl: step, reward (share of ri
                    entropy (nats/token), kl (nats/token, where beta > 0)
 Raises  RecipeError, DataError before training; LossNotFinite with its step
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
+Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
 
     python -m scripts.transformers.grpo --parent P --prompts D --recipe R.yaml \\
         --out work/try

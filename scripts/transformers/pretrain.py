@@ -1,5 +1,5 @@
-"""Train a causal LM from its definition on a blend of tokens (Transformers; CPU or one
-GPU).
+"""Train a causal LM from its definition on a blend of tokens (Transformers; CPU or
+GPUs).
 
 Reads   --model      folder with config.json
         --tokenizer  tokenizer folder
@@ -9,6 +9,8 @@ Writes  --out        Hugging Face folder; metrics.jsonl: step, loss (nats/token)
                      grad_norm, tokens seen
 Raises  RecipeError, DataError before training; LossNotFinite with its step
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
+Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
+Under torchrun each process takes its part of every batch, and rank 0 writes.
 
     python -m scripts.transformers.pretrain --model M --tokenizer T --data D \\
         --recipe R.yaml --out work/try

@@ -1,4 +1,4 @@
-"""Fine-tune a causal LM on packed chats (TRL's SFTTrainer; CPU or one GPU).
+"""Fine-tune a causal LM on packed chats (TRL's SFTTrainer; CPU or GPUs).
 
 The packed rows are split back into chats, so none ever sees another, and padded in
 batches; the loss is on each token whose predecessor's mask is 1, as pack writes it.
@@ -10,6 +10,8 @@ Writes  --out     Hugging Face folder; metrics.jsonl: step, loss (nats/token), l
                   grad_norm, token_accuracy
 Raises  RecipeError, DataError before training; LossNotFinite with its step
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
+Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
+Under torchrun each process takes its part of every batch, and rank 0 writes.
 
     python -m scripts.transformers.sft --parent P --packed D --recipe R.yaml \\
         --out work/try

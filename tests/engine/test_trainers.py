@@ -157,6 +157,24 @@ def test_sigterm_saves_the_step_and_exits_75(
     assert trainer.finished(stage, "run") == whole(stage)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stop_file_saves_the_step_and_exits_75(
+    stage: str, trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    work = trainer.work("run")
+    work.mkdir(parents=True)
+    (work / "stop").touch()
+    stopped = trainer(stage, "run")
+    assert stopped.code() == 75, stopped.text()
+    assert (work / "stop").exists()
+    assert (work / "stopped").read_text() == "1"
+    assert trainer.marker("run", 1).exists()
+    assert not list(trainer.out("run").iterdir())
+    (work / "stop").unlink()
+    assert trainer.finished(stage, "run") == whole(stage)
+    assert not (work / "stopped").exists()
+
+
 def test_a_half_written_newest_save_is_skipped(
     trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
 ) -> None:
