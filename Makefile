@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 export PIPELINE_CONFIG := $(CONFIG)
 
-.PHONY: help env export plan dag chat check test docs
+.PHONY: help env export plan dag doctor status chat check test cluster docs
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,12 @@ plan: $(READY) ## each node: what will happen and why
 dag: $(READY) ## draw the graph of nodes: dag.svg, dag.png
 	@python -m scripts.lib.plan --draw dag.svg --draw dag.png
 
+doctor: $(READY) ## compare slurm/cluster.yaml with the cluster; what a run there needs
+	@python -m scripts.lib.doctor
+
+status: $(READY) ## each node's job, state and progress, also while a run is active
+	@python -m scripts.lib.status
+
 chat: $(READY) ## talk to the exported model: make chat MODEL=...
 	@python -m scripts.chat $(MODEL)
 
@@ -54,8 +60,11 @@ check: $(DEV) ## format, lint, types, unit tests: under a minute
 	mypy
 	pytest -q tests/unit
 
-test: check ## everything: also the trainers and the real chain
-	pytest -q -n auto tests/engine tests/workflow
+test: check ## everything: also the trainers, the real chain, a real Slurm
+	pytest -q -n auto --dist loadgroup tests/cluster tests/engine tests/workflow
+
+cluster: $(DEV) ## on a real Slurm of this machine: the chain, and each fault
+	pytest -q tests/cluster
 
 docs: $(DEV) ## write what is generated: the README's config reference, dvc.yaml
 	@python -m scripts.lib.docs README.md

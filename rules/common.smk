@@ -13,6 +13,7 @@ every = PIPELINE.every
 before = PIPELINE.before
 manifest = PIPELINE.manifest
 place = PIPELINE.place
+resources_of = PIPELINE.resources
 start = PIPELINE.start
 finish = PIPELINE.finish
 fail = PIPELINE.fail

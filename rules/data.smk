@@ -12,13 +12,12 @@ for node in nodes("generate"):
             manifest("generate", node),
         log:
             f"logs/generate/{node}.log",
+        localrule: place("generate", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("generate", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("generate", node, "memory_gb")),
-            runtime=place("generate", node, "minutes"),
-            gpu=place("generate", node, "gpus"),
+            **resources_of("generate", node),
         params:
             node=node,
         shell:
@@ -43,13 +42,12 @@ for node in nodes("tokenizer"):
             manifest("tokenizer", node),
         log:
             f"logs/tokenizer/{node}.log",
+        localrule: place("tokenizer", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("tokenizer", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("tokenizer", node, "memory_gb")),
-            runtime=place("tokenizer", node, "minutes"),
-            gpu=place("tokenizer", node, "gpus"),
+            **resources_of("tokenizer", node),
         params:
             node=node,
         shell:
@@ -74,13 +72,12 @@ for node in nodes("tokenize"):
             manifest("tokenize", node),
         log:
             f"logs/tokenize/{node}.log",
+        localrule: place("tokenize", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("tokenize", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("tokenize", node, "memory_gb")),
-            runtime=place("tokenize", node, "minutes"),
-            gpu=place("tokenize", node, "gpus"),
+            **resources_of("tokenize", node),
         params:
             node=node,
         shell:
@@ -105,13 +102,12 @@ for node in nodes("pack"):
             manifest("pack", node),
         log:
             f"logs/pack/{node}.log",
+        localrule: place("pack", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("pack", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("pack", node, "memory_gb")),
-            runtime=place("pack", node, "minutes"),
-            gpu=place("pack", node, "gpus"),
+            **resources_of("pack", node),
         params:
             node=node,
         shell:
@@ -136,13 +132,12 @@ for node in nodes("prompts"):
             manifest("prompts", node),
         log:
             f"logs/prompts/{node}.log",
+        localrule: place("prompts", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("prompts", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("prompts", node, "memory_gb")),
-            runtime=place("prompts", node, "minutes"),
-            gpu=place("prompts", node, "gpus"),
+            **resources_of("prompts", node),
         params:
             node=node,
         shell:

@@ -16,13 +16,12 @@ for node in nodes("eval"):
             ),
         log:
             f"logs/eval/{node}.log",
+        localrule: place("eval", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("eval", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("eval", node, "memory_gb")),
-            runtime=place("eval", node, "minutes"),
-            gpu=place("eval", node, "gpus"),
+            **resources_of("eval", node),
         params:
             node=node,
         shell:

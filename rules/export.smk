@@ -16,13 +16,12 @@ for node in nodes("export"):
             ),
         log:
             f"logs/export/{node}.log",
+        localrule: place("export", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("export", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("export", node, "memory_gb")),
-            runtime=place("export", node, "minutes"),
-            gpu=place("export", node, "gpus"),
+            **resources_of("export", node),
         params:
             node=node,
         shell:

@@ -12,13 +12,12 @@ for node in nodes("sft"):
             manifest("sft", node),
         log:
             f"logs/sft/{node}.log",
+        localrule: place("sft", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("sft", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("sft", node, "memory_gb")),
-            runtime=place("sft", node, "minutes"),
-            gpu=place("sft", node, "gpus"),
+            **resources_of("sft", node),
         params:
             node=node,
         shell:
@@ -43,13 +42,12 @@ for node in nodes("grpo"):
             manifest("grpo", node),
         log:
             f"logs/grpo/{node}.log",
+        localrule: place("grpo", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("grpo", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("grpo", node, "memory_gb")),
-            runtime=place("grpo", node, "minutes"),
-            gpu=place("grpo", node, "gpus"),
+            **resources_of("grpo", node),
         params:
             node=node,
         shell:

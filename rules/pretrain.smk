@@ -12,13 +12,12 @@ for node in nodes("pretrain"):
             manifest("pretrain", node),
         log:
             f"logs/pretrain/{node}.log",
+        localrule: place("pretrain", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("pretrain", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("pretrain", node, "memory_gb")),
-            runtime=place("pretrain", node, "minutes"),
-            gpu=place("pretrain", node, "gpus"),
+            **resources_of("pretrain", node),
         params:
             node=node,
         shell:

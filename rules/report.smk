@@ -16,13 +16,12 @@ for node in nodes("report"):
             ),
         log:
             f"logs/report/{node}.log",
+        localrule: place("report", node, "controller")
         conda:
             "../envs/transformers.yaml"
         threads: place("report", node, "cpus")
         resources:
-            mem_mb=int(1000 * place("report", node, "memory_gb")),
-            runtime=place("report", node, "minutes"),
-            gpu=place("report", node, "gpus"),
+            **resources_of("report", node),
         params:
             node=node,
         shell:

@@ -21,7 +21,14 @@ from pydantic_core import PydanticUndefined
 from scripts.lib import cli, graph
 from scripts.lib.errors import UserError
 from scripts.lib.plan import DEFAULT
-from scripts.lib.schema import Data, Placement, Task
+from scripts.lib.schema import (
+    ClusterPlacement,
+    Container,
+    Data,
+    Machine,
+    Placement,
+    Task,
+)
 from scripts.lib.stages import STAGES
 
 
@@ -56,10 +63,10 @@ def default_of(field: FieldInfo) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def table(model: type[BaseModel]) -> list[str]:
-    """A model's keys as a Markdown table, required ones first."""
+def table(model: type[BaseModel], only: set[str] | None = None) -> list[str]:
+    """A model's keys, or some, as a Markdown table, required ones first."""
     fields = [(f.alias or n, f) for n, f in model.model_fields.items()]
-    fields = [(n, f) for n, f in fields if f.description]
+    fields = [(n, f) for n, f in fields if f.description and n in (only or {n})]
     fields.sort(key=lambda item: not item[1].is_required())
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for name, field in fields:
@@ -89,7 +96,13 @@ def reference() -> str:
             parts += ["Each of `tasks`:", "", *table(Task), ""]
     parts += ["#### `placement:`", "", summary(Placement), ""]
     parts += ["By stage, then node; `default` at either level is the base.", ""]
-    return "\n".join([*parts, *table(Placement)])
+    parts += [*table(Placement), "", "#### `slurm/cluster.yaml`", ""]
+    parts += ["Where a cluster differs: `--profile slurm` reads it.", ""]
+    for key, model in (("container", Container), ("machine", Machine)):
+        parts += [f"`{key}:` {summary(model)}", "", *table(model), ""]
+    parts += ["`placement:` over the config's, level by level, with further keys:", ""]
+    own = set(ClusterPlacement.model_fields) - set(Placement.model_fields)
+    return "\n".join([*parts, *table(ClusterPlacement, own)])
 
 
 def mermaid() -> str:

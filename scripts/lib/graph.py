@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,25 @@ import pydantic
 
 from scripts.lib import identity
 from scripts.lib.errors import UserError
-from scripts.lib.load import ConfigError, Lines, load_config, nearest
-from scripts.lib.schema import HUB_NAME, Config, Placement
+from scripts.lib.load import (
+    ConfigError,
+    Key,
+    Lines,
+    load_cluster,
+    load_config,
+    nearest,
+)
+from scripts.lib.schema import (
+    HUB_NAME,
+    Cluster,
+    ClusterPlacement,
+    Config,
+    Placement,
+)
 from scripts.lib.stages import DATA, MODELS, PARENTS, STAGES
+
+Refusal = Callable[[str, str, str], ConfigError]
+"""An error at a placement key: the key, what is wrong, what to do."""
 
 MODEL_FOLDERS = Path("config/models")
 RESERVED = {".dvc", ".git", ".snakemake", "artifacts", "logs", "state", "work"}
@@ -69,6 +86,11 @@ class Node:
     @property
     def manifest(self) -> str:
         return f"state/{self.id}.json"
+
+    @property
+    def job(self) -> Path:
+        """Word of the node's Slurm job for whoever comes later."""
+        return Path(f"state/{self.id}.job.json")
 
     @property
     def command(self) -> str:
@@ -156,8 +178,8 @@ class Graph:
         return cls(nodes, stored["config"], stored["files"])
 
 
-def build(path: Path) -> Graph:
-    """The graph of the config at `path`.
+def build(path: Path, cluster: Path | None = None) -> Graph:
+    """The graph of the config at `path`, placed on the cluster that a file describes.
 
     Raises ConfigError for anything that could not be built or would train badly,
     UserError where the environment is not the one its lock pins.
@@ -169,14 +191,21 @@ def build(path: Path) -> Graph:
             "letters, digits, `.`, `_`, `-`, `/`",
         )
     config, lines, files = load_config(path)
-    return _Builder(config, lines).graph(path, files)
+    there = load_cluster(cluster) if cluster else None
+    return _Builder(config, lines, there).graph(path, files)
 
 
 class _Builder:
     """Turns the sections of a config into nodes, checking what they refer to."""
 
-    def __init__(self, config: Config, lines: Lines) -> None:
+    def __init__(
+        self, config: Config, lines: Lines, cluster: tuple[Cluster, Lines] | None
+    ) -> None:
         self.config, self.lines = config, lines
+        self.cluster = cluster[0] if cluster else None
+        self.places = [(config.placement, lines)]
+        if cluster:
+            self.places.append((cluster[0].placement, cluster[1]))
         self.sections: dict[str, dict[str, Any]] = {
             stage: getattr(config, stage) for stage in STAGES
         }
@@ -318,18 +347,18 @@ class _Builder:
         for stage, section in self.sections.items():
             for name in section:
                 nodes.append(self.node(stage, name))
-        for stage, placed in self.config.placement.items():
-            if stage != "default" and stage not in STAGES:
-                raise self.error(
-                    ("placement", stage), "no such stage", nearest(stage, [*STAGES])
-                )
-            for name in placed:
-                if name != "default" and name not in self.sections.get(stage, {}):
-                    raise self.error(
-                        ("placement", stage, name),
-                        "no such node",
-                        nearest(name, [*self.sections.get(stage, {})]),
-                    )
+        for placement, lines in self.places:
+            for stage, placed in placement.items():
+                at = lines.where("placement", stage)
+                if stage != "default" and stage not in STAGES:
+                    raise ConfigError(at, "no such stage", nearest(stage, [*STAGES]))
+                for name in placed:
+                    if name != "default" and name not in self.sections.get(stage, {}):
+                        raise ConfigError(
+                            lines.where("placement", stage, name),
+                            "no such node",
+                            nearest(name, [*self.sections.get(stage, {})]),
+                        )
         return Graph(nodes, str(path), [str(f) for f in files])
 
     def check_names(self) -> None:
@@ -383,7 +412,7 @@ class _Builder:
             tuple(dict.fromkeys(parts.get("files", []))),
             identity.code_of(spec.script),
             identity.versions(spec.packages),
-            self.placement(stage, name).model_dump(),
+            self.placement(stage, name),
         )
 
     def recipe(self, stage: str, settings: Any) -> dict[str, Any]:
@@ -392,34 +421,85 @@ class _Builder:
         dumped = settings.model_dump(by_alias=True, include=keep)
         return {k: v for k, v in dumped.items() if v is not None}
 
-    def placement(self, stage: str, name: str) -> Placement:
-        table = self.config.placement
+    def placement(self, stage: str, name: str) -> dict[str, Any]:
+        """Where a node runs: the more specific level counts, then the cluster's."""
+        model = ClusterPlacement if self.cluster else Placement
         merged: dict[str, Any] = {}
-        for s, n in (
-            ("default", "default"),
-            (stage, "default"),
-            (stage, name),
-        ):
-            for key, value in table.get(s, {}).get(n, {}).items():
-                if key not in Placement.model_fields:
-                    raise self.error(
-                        ("placement", s, n, key),
-                        "unknown key",
-                        nearest(key, [*Placement.model_fields]),
-                    )
-                merged[key] = value
+        at: dict[str, tuple[Lines, Key]] = {}
+        for s, n in (("default", "default"), (stage, "default"), (stage, name)):
+            for source, lines in self.places:
+                for key, value in source.get(s, {}).get(n, {}).items():
+                    here: Key = ("placement", s, n, key)
+                    if key not in model.model_fields:
+                        raise ConfigError(
+                            lines.where(*here), "unknown key", self.placement_hint(key)
+                        )
+                    merged[key] = value
+                    at[key] = lines, here
         try:
-            return Placement.model_validate(merged)
+            placed = model.model_validate(merged)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            key = str(first["loc"][0])
-            at = next(
-                (s, n)
-                for s, n in ((stage, name), (stage, "default"), ("default", "default"))
-                if key in table.get(s, {}).get(n, {})
-            )
+            lines, here = at[str(first["loc"][0])]
             what = f"{first['msg'].lower()}; found {first['input']!r}"
-            raise self.error(("placement", *at, key), what) from error
+            raise ConfigError(lines.where(*here), what) from error
+        result = placed.model_dump()
+        result["processes"] = placed.processes or max(1, placed.gpus)
+
+        def refuse(key: str, what: str, hint: str) -> ConfigError:
+            lines, found = at.get(key, (self.lines, ("placement", stage, name)))
+            return ConfigError(lines.where(*found), what, hint)
+
+        self.check_processes(stage, name, placed, refuse)
+        if self.cluster:
+            self.check_machine(self.cluster, placed, refuse)
+            container = self.cluster.container.model_dump()
+            container["image"] = result.pop("image") or container["image"]
+            result["container"] = container
+        return result
+
+    def placement_hint(self, key: str) -> str:
+        if key in ClusterPlacement.model_fields:
+            return "it belongs in the cluster's file: slurm/cluster.yaml"
+        return nearest(key, [*Placement.model_fields])
+
+    def check_processes(
+        self, stage: str, name: str, placed: Placement, refuse: Refusal
+    ) -> None:
+        """Several processes only where the trainer shares its batch among them."""
+        launched = STAGES[stage].launcher
+        if placed.nodes > 1 and not launched:
+            raise refuse("nodes", f"{stage} runs on one machine", "nodes: 1")
+        if (placed.processes or 1) > 1 and not launched:
+            raise refuse("processes", f"{stage} is one process", "processes: 1")
+        world = placed.nodes * (placed.processes or max(1, placed.gpus))
+        batch = getattr(self.sections[stage][name], "batch_size", world)
+        if launched and batch % world:
+            raise refuse(
+                "processes" if placed.processes else "nodes",
+                f"{stage}.{name}.batch_size {batch} does not divide among "
+                f"{world} processes ({placed.nodes} machines x {world // placed.nodes})",
+                "give a number of processes that divides it",
+            )
+        if placed.processes and placed.cpus < placed.processes:
+            raise refuse(
+                "processes",
+                f"{placed.processes} processes, but {placed.cpus} CPU cores a machine",
+                "raise cpus",
+            )
+
+    def check_machine(
+        self, cluster: Cluster, placed: Placement, refuse: Refusal
+    ) -> None:
+        """What is asked for must be in a machine of the cluster's file."""
+        if cluster.machine is None:
+            return
+        for key in ("cpus", "memory_gb", "gpus"):
+            asked, there = getattr(placed, key), getattr(cluster.machine, key)
+            if asked > there:
+                raise refuse(
+                    key, f"{asked:g}, but a machine has {there:g}", f"{key}: {there:g}"
+                )
 
     # ---- what each stage reads; what would train badly is refused -----------------
 

@@ -7,7 +7,7 @@ import os
 import types
 import typing
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import pydantic
 from ruamel.yaml import YAML
@@ -16,9 +16,10 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from scripts.lib.errors import UserError
-from scripts.lib.schema import Config
+from scripts.lib.schema import Cluster, Config
 
 Key = tuple[str, ...]
+Model = TypeVar("Model", bound=pydantic.BaseModel)
 SHOWN_ERRORS = 10
 NODE_DEPTH = 2
 """Keys down to a node: its stage and its name."""
@@ -151,9 +152,10 @@ def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
     return []
 
 
-def _allowed_keys(loc: tuple[str | int, ...]) -> list[str]:
+def _allowed_keys(
+    loc: tuple[str | int, ...], model: type[pydantic.BaseModel]
+) -> list[str]:
     """The keys the schema has where `loc` points into."""
-    model: type[pydantic.BaseModel] = Config
     for part in loc:
         field = next(
             (f for n, f in model.model_fields.items() if (f.alias or n) == part), None
@@ -171,13 +173,13 @@ def nearest(word: str, words: list[str]) -> str:
     return f"{guess}there are: {', '.join(words) or 'none'}"
 
 
-def explain(error: Any, lines: Lines) -> str:
+def explain(error: Any, lines: Lines, model: type[pydantic.BaseModel]) -> str:
     """One of pydantic's errors as where, what, and the way out."""
     loc = tuple(str(p) for p in error["loc"])
     kind, found = error["type"], error.get("input")
     shown = f"{found!r}"[:80]
     if kind == "extra_forbidden":
-        keys = _allowed_keys(error["loc"][:-1])
+        keys = _allowed_keys(error["loc"][:-1], model)
         hint = nearest(loc[-1], keys).replace("there are", "Keys")
         return f"{lines.where(*loc)}: unknown key\n\nhint: {hint}"
     if kind == "missing":
@@ -200,11 +202,21 @@ def load_config(path: Path) -> tuple[Config, Lines, list[Path]]:
     Raises ConfigError naming every mistake the schema can see.
     """
     merged, lines, files = read_config(path)
+    return _validated(Config, merged, lines), lines, files
+
+
+def load_cluster(path: Path) -> tuple[Cluster, Lines]:
+    """The validated description of a cluster, and where its keys stand."""
+    merged, lines, _ = read_config(path)
+    return _validated(Cluster, merged, lines), lines
+
+
+def _validated(model: type[Model], merged: dict[str, Any], lines: Lines) -> Model:
     try:
-        return Config.model_validate(merged), lines, files
+        return model.model_validate(merged)
     except pydantic.ValidationError as invalid:
         errors = invalid.errors()
-        shown = [explain(e, lines) for e in errors[:SHOWN_ERRORS]]
+        shown = [explain(e, lines, model) for e in errors[:SHOWN_ERRORS]]
         if len(errors) > SHOWN_ERRORS:
             shown.append(f"and {len(errors) - SHOWN_ERRORS} more")
         raise ConfigError(*_split("\n".join(shown))) from invalid

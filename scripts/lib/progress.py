@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
+
+
+def say(id: str, text: str) -> None:
+    """One line on a node on the terminal, also where several nodes run at once."""
+    print(f"{id}  {text}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -12,12 +12,14 @@ Inputs that were built before are restored from DVC's cache instead.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -30,12 +32,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from scripts.lib import cli, graph, identity
+from scripts.lib import cli, graph, identity, launch, slurm
 from scripts.lib.attest import attest
 from scripts.lib.digest import Memory, md5_file, tree_digest, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.identity import LOCK as ENVIRONMENT
+from scripts.lib.progress import say
 from scripts.lib.stages import STAGES
 from scripts.lib.store import (
     GRAPH,
@@ -58,13 +61,13 @@ if TYPE_CHECKING:
 
 TAIL_LINES = 20
 SHOW_SECONDS = 4.0
+REQUEUE_SECONDS = 60.0
+LAUNCHER_SAYS = re.compile(r"[EIW]\d{4} |Traceback |srun: |slurmstepd: |\[rank\d")
+"""Lines of torchrun and Slurm."""
+OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]kill", re.IGNORECASE)
+"""How Slurm says so where a step of several machines ran out of memory."""
 RESUMES_IN_OUT = {"tokenize"}
 """Stages that find finished parts of their own in --out."""
-
-
-def say(node: Node, text: str) -> None:
-    """One line on the terminal, also where several nodes run at once."""
-    print(f"{node.id}  {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,14 +77,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     flags.add_argument("stage", choices=[*STAGES])
     flags.add_argument("node")
+    flags.add_argument(
+        "--job", action="store_true", help="as the Slurm job that a build submitted"
+    )
     args = flags.parse_args(argv)
     whole = current_graph()
     id = f"{args.stage}/{args.node}"
     if id not in whole.nodes:
         raise UserError(id, "no such node", f"there are: {', '.join(whole.nodes)}")
     with dvc_errors():
-        Job(Store(whole), whole.nodes[id]).run()
-    return 0
+        return Job(Store(whole), whole.nodes[id], args.job).run()
 
 
 def current_graph() -> Graph:
@@ -104,12 +109,21 @@ def read_plan_command() -> str:
 class Job:
     """The building of one node."""
 
-    def __init__(self, store: Store, node: Node) -> None:
+    def __init__(self, store: Store, node: Node, submitted: bool) -> None:
         self.store, self.node = store, node
         self.by_dvc = "DVC_STAGE" in os.environ
+        self.slurm = os.environ["SLURM_JOB_ID"] if submitted else ""
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopped_by = 0
+        self.recording = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: self.stop(number))
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Build or restore it; the exit code is NOT_DONE where it is to go on."""
         with self.alone(), apart_from_builds() if self.by_dvc else nullcontext():
+            if self.slurm:
+                self.take_job()
             from dvc.repo import Repo
 
             logging.getLogger("dvc").setLevel(logging.WARNING)
@@ -117,14 +131,14 @@ class Job:
                 link_only(repo)
                 for file in self.node.files:
                     if not Path(file).exists() and Path(f"{file}.dvc").exists():
-                        say(self.node, f"pulls {file}")
+                        say(self.node.id, f"pulls {file}")
                         repo.pull(targets=[f"{file}.dvc"])
                 for parent in self.node.parents:
                     self.fetch(repo, parent)
                 self.collect(repo)
                 if not self.by_dvc and self.restore(repo):
-                    return
-                self.build(repo)
+                    return 0
+                return self.build(repo)
 
     def alone(self) -> IO[str]:
         """Hold the node's lock, which ends with this process and its script's."""
@@ -132,11 +146,68 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a")
         if not try_lock(lock):
-            say(self.node, "waits for the process that builds it already")
+            say(self.node.id, "waits for the process that builds it already")
             fcntl.flock(lock, fcntl.LOCK_EX)
         os.set_inheritable(lock.fileno(), True)
         self.lock = lock
         return lock
+
+    # ---- as a Slurm job --------------------------------------------------------
+
+    def take_job(self) -> None:
+        """Run where this job was submitted to; leave word of what it builds from."""
+        placement = json.loads(self.node.job.read_text())["placement"]
+        self.node = dataclasses.replace(self.node, placement=placement)
+        self.store.write_job(self.node)
+
+    def stop(self, number: int) -> None:
+        """Ask the script to save and stop: by a file, and directly where it is ours.
+
+        A launcher that is sent a signal would end its processes at once.
+        """
+        self.stopped_by = number
+        if self.process is None:
+            if number == signal.SIGTERM and not self.recording:
+                raise UserError(self.node.id, "stopped before it began", "run again")
+            return
+        (self.work / "stop").touch()
+        if self.direct:
+            self.process.terminate()
+
+    def go_on_later(self) -> int:
+        """Have Slurm start this job again after its time limit, in the same folder.
+
+        Where it will not, the controller submits another.
+        """
+        step = progress_line(self.work / "progress.json", True).split("  ")[0]
+        reached = f"at {step}" if step else "before its first step"
+        say(
+            self.node.id, f"stopped {reached} for its time limit; goes on in a next job"
+        )
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            slurm.ask("scontrol", "requeue", self.slurm)
+            time.sleep(REQUEUE_SECONDS)  # it ends this process
+        except UserError as error:
+            say(self.node.id, f"cannot be requeued: {error}")
+        return cli.NOT_DONE
+
+    def check_budget(self) -> None:
+        """Raise where all slices of its time are used."""
+        placed = self.node.placement
+        clock = self.work / "seconds.json"
+        used = json.loads(clock.read_text()) / 60 if clock.exists() else 0.0
+        minutes = placed["minutes"]
+        early = placed["stop_seconds"] / 60 + 1  # Slurm may signal a minute sooner
+        if used >= placed["slices"] * max(minutes - early, minutes / 2):
+            raise UserError(
+                self.node.id,
+                f"has run {used:.0f} minutes, which is its {placed['slices']} slices of "
+                f"{placed['minutes']} minutes, and reached "
+                f"{progress_line(self.work / 'progress.json', True) or 'no step'}",
+                f"raise placement.{self.node.stage}.{self.node.name}.slices; it goes on "
+                f"from its last save",
+            )
 
     # ---- what it reads ---------------------------------------------------------
 
@@ -146,13 +217,14 @@ class Job:
 
         parent = self.store.graph.nodes[id]
         wanted = [p for p in self.node.artifacts if self.store.graph.owner(p) == id]
-        recorded = Record.of(read_lock().get(parent.dvc, {})).outs
+        with lock_repo(repo):  # DVC writes the file in place
+            recorded = Record.of(read_lock().get(parent.dvc, {})).outs
         memory = self.store.memory(parent)
         missing = [
             p for p in wanted if memory.recorded_as(Path(p)) != recorded.get(p, "none")
         ]
         if missing:
-            say(self.node, f"fetches {', '.join(missing)} from DVC")
+            say(self.node.id, f"fetches {', '.join(missing)} from DVC")
             with lock_repo(repo):
                 (stage,) = repo.stage.collect(parent.dvc)
                 bring(repo, stage, Record(recorded), self.store)
@@ -203,12 +275,14 @@ class Job:
             )
         return copy
 
-    def check_planned(self) -> None:
+    def check_planned(self, repo: Repo) -> None:
         """Raise where what the node is made from is no longer what was planned.
 
         An orphan of a killed run may end after another was planned, and data may be
         written to while it is read: neither may be recorded as what it is not.
         """
+        from dvc.repo import lock_repo
+
         node = self.node
         store = Store(self.store.graph)
         changed = [f for f in node.files if store.digest(f) != self.deps[f]]
@@ -217,25 +291,29 @@ class Job:
             raise UserError(changed[0], f"changed while {node.id} read it", "run again")
         changed = []
         if not self.by_dvc:
-            entries = read_lock()
+            with lock_repo(repo):
+                entries = read_lock()
             for path in node.artifacts:
                 owner = self.store.graph.owner(path)
                 entry = entries.get(self.store.graph.nodes[str(owner)].dvc, {})
                 if Record.of(entry).outs.get(path) != self.deps[path]:
                     changed.append(path)
-        if os.environ.get(IN_RUN):
-            planned = Graph.from_json(GRAPH.read_text()).nodes.get(node.id)
-            if planned is None or (planned.params, planned.flags) != (
-                node.params,
-                node.flags,
-            ):
-                changed.append("the plan")
+        if not self.is_planned():
+            changed.append("the plan")
         if changed:
             raise UserError(
                 node.id,
                 f"{', '.join(changed)} changed since it was planned",
                 "run again",
             )
+
+    def is_planned(self) -> bool:
+        """Whether the run of the moment, if any, wants the node as it is built here."""
+        if not os.environ.get(IN_RUN):
+            return True
+        planned = Graph.from_json(GRAPH.read_text()).nodes.get(self.node.id)
+        ours = self.node.params, self.node.flags
+        return planned is not None and (planned.params, planned.flags) == ours
 
     # ---- built before ----------------------------------------------------------
 
@@ -245,9 +323,10 @@ class Job:
         from dvc.stage.loader import StageLoader
 
         node = self.node
-        record = Record.of(read_lock().get(node.dvc, {}), f"{node.stage}.{node.name}")
-        ours = Record(record.outs, self.deps, node.params, node.command)
         with lock_repo(repo):
+            entry = read_lock().get(node.dvc, {})
+            record = Record.of(entry, f"{node.stage}.{node.name}")
+            ours = Record(record.outs, self.deps, node.params, node.command)
             (stage,) = repo.stage.collect(node.dvc)
             if record != ours:
                 self.set_inputs(stage)
@@ -263,12 +342,13 @@ class Job:
                 f"{out} is missing" for out in record.outs if not Path(out).exists()
             ]
             if left:
-                say(node, f"in no cache and no remote, so it is rebuilt: {left[0]}")
+                say(node.id, f"in no cache and no remote, so it is rebuilt: {left[0]}")
                 return False
+            self.recording = True
             stage.dump(update_pipeline=False)
         self.finish(repo, record.outs)
         harm = f"{damage[0]}; " if damage and record == ours else ""
-        say(node, f"restored from DVC: {harm}{node.folder}")
+        say(node.id, f"restored from DVC: {harm}{node.folder}")
         return True
 
     def set_inputs(self, stage: PipelineStage) -> None:
@@ -280,59 +360,80 @@ class Job:
 
     # ---- building --------------------------------------------------------------
 
-    def build(self, repo: Repo) -> None:
+    def build(self, repo: Repo) -> int:
         node = self.node
         self.work = Path("work", node.stage, f"{node.name}-{self.key}")
         self.out = self.work / "out"
         content = self.out / STAGES[node.stage].content
         began = datetime.now(UTC)
-        self.script(content)
+        if not self.script(content):
+            return self.go_on_later()
         parent = dict(node.flags).get("--parent")
         attest(node.stage, node.recipe, content, Path(parent) if parent else None)
         (self.work / "finished").touch()
-        self.check_planned()
+        self.check_planned(repo)
         provenance = self.provenance(began)
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
         self.publish(repo)
-        say(node, f"done in {provenance['seconds']:.0f} s: {node.folder}")
+        say(node.id, f"done in {provenance['seconds']:.0f} s: {node.folder}")
+        return 0
 
-    def script(self, content: Path) -> None:
-        """Run the stage's script, showing how far it is."""
+    def script(self, content: Path) -> bool:
+        """Run the stage's script, showing how far it is.
+
+        False where it saved at its time limit, and is to go on in another job.
+        """
         node = self.node
+        trains = STAGES[node.stage].trains
         if content.exists() and (self.work / "finished").exists():
-            return  # killed between the script's end and publishing
-        (self.work / "finished").unlink(missing_ok=True)
+            return True  # killed between the script's end and publishing
+        for left in ("finished", "stop", "stopped"):
+            (self.work / left).unlink(missing_ok=True)
         self.work.mkdir(parents=True, exist_ok=True)
+        if self.slurm and trains:
+            self.check_budget()
         code = self.copy_code()
         (self.work / "recipe.yaml").write_text(dump_yaml(node.recipe))
         self.resumed = (self.work / "progress.json").exists()
         if node.stage not in RESUMES_IN_OUT:
             shutil.rmtree(self.out, ignore_errors=True)
-        command = [sys.executable, "-P", "-m", STAGES[node.stage].script]
-        command += ["--recipe", str(self.work / "recipe.yaml")]
-        command += ["--out", str(content), "--work", str(self.work)]
-        command += [word for flag in node.flags for word in flag]
-        if STAGES[node.stage].trains:
-            command += ["--save-steps", str(node.placement["save_steps"])]
+        words = ["-P", "-m", STAGES[node.stage].script]
+        words += ["--recipe", str(self.work / "recipe.yaml")]
+        words += ["--out", str(content), "--work", str(self.work)]
+        words += [word for flag in node.flags for word in flag]
+        if trains:
+            words += ["--save-steps", str(node.placement["save_steps"])]
         if node.stage == "report":
-            command += self.report_flags()
+            words += self.report_flags()
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [str(code.absolute()), os.environ.get("PYTHONPATH")])
             ),
-            "OMP_NUM_THREADS": str(node.placement["cpus"]),
+            "OMP_NUM_THREADS": str(
+                max(1, node.placement["cpus"] // node.placement["processes"])
+            ),
             "GOMP_SPINCOUNT": "1000",  # threads that spin starve what runs beside them
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "PYTHONHASHSEED": "0",
         }
-        say(node, "resumes" if self.resumed else "starts")
+        command = launch.command(
+            words,
+            launcher=STAGES[node.stage].launcher,
+            placement=node.placement,
+            work=self.work,
+            environ=environment,
+        )
+        self.direct = command == [sys.executable, *words]
+        on = f" on {os.environ['SLURM_JOB_NODELIST']}" if self.slurm else ""
+        say(node.id, ("resumes" if self.resumed else "starts") + on)
         log = self.work / "log.txt"
         with open(log, "ab") as output:
+            self.log_from = output.tell()
             self.show_log(log)
-            process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -340,15 +441,25 @@ class Job:
                 env=environment,
                 pass_fds=[self.lock.fileno()],
             )
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, lambda *_: process.terminate())
-            status = self.watch(process)
-        if status == cli.NOT_DONE:
-            raise UserError(node.id, "stopped by a signal after saving", "run again")
+            if self.stopped_by:
+                self.stop(self.stopped_by)
+            status = self.watch(self.process)
+        saved = status == cli.NOT_DONE or (self.work / "stopped").exists()
+        ended_by_us = saved or status == -signal.SIGTERM
+        if self.stopped_by == signal.SIGUSR1 and status and ended_by_us:
+            return False
+        if status and (ended_by_us or self.stopped_by == signal.SIGTERM):
+            how = "after saving" if saved else "before it saved"
+            raise UserError(
+                node.id,
+                f"stopped by a signal {how}",
+                "" if self.slurm else "run again",  # else the controller says more
+            )
         if status:
             self.explain(status, log)
         for out in node.outs[1:-1]:  # metrics do not count as content
             (content / Path(out).name).replace(self.out / Path(out).name)
+        return True
 
     def show_log(self, log: Path) -> None:
         """Have logs/<stage>/<node>.log be the log in the work folder.
@@ -396,7 +507,7 @@ class Job:
             if code is not None or now - last >= SHOW_SECONDS:
                 text = progress_line(self.work / "progress.json", trains)
                 if text and text != shown:
-                    say(self.node, text)
+                    say(self.node.id, text)
                 shown, last = text, now
                 self.seconds = before + now - began
                 write_atomic(clock, json.dumps(self.seconds))
@@ -404,18 +515,28 @@ class Job:
                 return code
 
     def explain(self, code: int, log: Path) -> None:
-        """Raise what the script's last lines say."""
-        lines = log.read_text(errors="replace").splitlines()
-        if code == 1 and any(line.startswith("error: ") for line in lines[-8:]):
-            last = max(i for i, line in enumerate(lines) if line.startswith("error: "))
-            text = "\n".join(lines[last:]).removeprefix("error: ")
-            raise UserError(self.node.id, text)
+        """Raise what the script's last lines say; a launcher's own come after them."""
+        lines = log.read_bytes()[self.log_from :].decode(errors="replace").splitlines()
+        errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+        if errors and (not self.direct or (code == 1 and errors[-1] >= len(lines) - 8)):
+            said = lines[errors[-1] :]
+            end = next((i for i, x in enumerate(said) if LAUNCHER_SAYS.match(x)), None)
+            raise UserError(self.node.id, "\n".join(said[:end]).removeprefix("error: "))
+        if code == -signal.SIGKILL or any(map(OUT_OF_MEMORY.search, lines)):
+            placed, key = self.node.placement, f"{self.node.stage}.{self.node.name}"
+            raise UserError(
+                self.node.id,
+                "killed, as happens where memory is short: it may use "
+                f"{placed['memory_gb']:g} GB",
+                f"raise placement.{key}.memory_gb; the whole log is {log}",
+            )
         tail = "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        hint = f"the whole log is {log}; a rerun resumes in {self.work}"
         raise UserError(
             self.node.id,
             f"{STAGES[self.node.stage].script} ended with {how}:\n{tail}",
-            f"the whole log is {log}; a rerun resumes in {self.work}",
+            hint,
         )
 
     def provenance(self, began: datetime) -> dict[str, Any]:
@@ -430,6 +551,8 @@ class Job:
             "code": node.code,
             "packages": node.packages,
             "environment": {str(ENVIRONMENT): hashlib.sha256(lock).hexdigest()},
+            "container": node.placement.get("container", {}).get("image"),
+            "slurm_job": self.slurm or None,
             "git_commit": _git("rev-parse", "HEAD"),
             "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "host": socket.gethostname(),
@@ -507,12 +630,17 @@ class Job:
             stage.dump(update_pipeline=False)
 
     def finish(self, repo: Repo, outs: dict[str, str]) -> None:
-        """Remember the published files as they are now, and write the manifest."""
+        """Remember the published files as they are now, and write the manifest.
+
+        Not for a plan that is no more: its record stays, the node is built again.
+        """
         seen = self.store.memory(self.node)
         if damage := [o for o, md5 in outs.items() if seen.recorded_as(Path(o)) != md5]:
             raise UserError(damage[0], "changed while it was published", "run again")
         seen.save()
         deps = {path: self.deps[path] for path in self.node.artifacts}
+        if not self.is_planned():
+            raise UserError(self.node.id, "the plan changed meanwhile", "run again")
         self.store.write_manifest(self.node, outs, deps)
 
 

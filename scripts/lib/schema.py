@@ -265,12 +265,93 @@ class Report(ReportRecipe):
 class Placement(Strict):
     """Where and how a node runs. Changing this reruns nothing."""
 
-    cpus: Positive = Field(1, description="CPU cores.")
-    memory_gb: Rate = Field(2.0, description="Main memory, GB.")
+    cpus: Positive = Field(1, description="CPU cores a machine.")
+    memory_gb: Rate = Field(2.0, description="Main memory a machine, GB.")
     nodes: Positive = Field(1, description="Machines.")
     gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs a machine.")
-    minutes: Positive = Field(30, description="Time limit.")
+    processes: Positive | None = Field(
+        None,
+        description="Trainer processes a machine; pretrain and sft. Default: one a "
+        "GPU, else one.",
+    )
+    minutes: Positive = Field(30, description="Time limit of a job.")
+    slices: Positive = Field(
+        10,
+        description="Times `minutes` that training may take, about: before its "
+        "limit it saves, and goes on in a further job.",
+    )
+    stop_seconds: Positive = Field(
+        120, description="Seconds before the limit at which it is asked to save."
+    )
     save_steps: Positive = Field(100, description="Steps between two saves in work/.")
+    controller: bool = Field(
+        False,
+        description="On a cluster: run where Snakemake runs, without a job; for light "
+        "nodes.",
+    )
+
+
+SlurmName = Annotated[str, StringConstraints(pattern=r"^[\w.,@+-]+$")]
+
+
+class ClusterPlacement(Placement):
+    """Placement on a cluster: also what only its file may say."""
+
+    account: SlurmName | None = Field(
+        None, description="Account to charge: `sacctmgr show associations user=$USER`."
+    )
+    partition: SlurmName | None = Field(
+        None, description="Partition: `sinfo`. Default: the cluster's own default."
+    )
+    qos: SlurmName | None = Field(None, description="Quality of service.")
+    constraint: (
+        Annotated[str, StringConstraints(pattern=r"^[\w&|*()\[\].-]+$")] | None
+    ) = Field(None, description="Features a machine must have: `sinfo -o %f`.")
+    gres: Annotated[str, StringConstraints(pattern=r"^\w+(:[\w.]+)?$")] = Field(
+        "gpu", description="What Slurm calls the GPUs: `gpu`, or `gpu:h200`."
+    )
+    image: str | None = Field(
+        None, description="Container image, where it is not `container.image`."
+    )
+
+
+class Container(Strict):
+    """What a stage's script runs in."""
+
+    runtime: Literal["none", "apptainer", "pyxis"] = Field(
+        "none", description="`pyxis` is Slurm's plugin for Enroot."
+    )
+    image: str | None = Field(
+        None, description="A .sif or .sqsh file, or docker://name:tag for Apptainer."
+    )
+    mounts: Annotated[
+        list[Annotated[str, StringConstraints(pattern=r"^/[^:,]*:/[^:,]*(:r[ow])?$")]],
+        BeforeValidator(_listed),
+    ] = Field([], description="`/host/path:/path/inside`, with `:ro` to protect it.")
+    environment: dict[
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")], str
+    ] = Field({}, description="Environment variables set inside.")
+
+
+class Machine(Strict):
+    """The shape of a machine: what a placement may ask for."""
+
+    cpus: Positive = Field(description="CPU cores.")
+    memory_gb: Rate = Field(description="Main memory, GB.")
+    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs.")
+
+
+class Cluster(Strict):
+    """A Slurm cluster: `slurm/cluster.yaml`."""
+
+    container: Container = Field(default_factory=lambda: Container.model_validate({}))
+    machine: Machine | None = Field(
+        None, description="Shape of a machine; `make doctor` compares it with `sinfo`."
+    )
+    placement: dict[str, dict[str, dict[str, Any]]] = Field(
+        {},
+        description="Over the config's, key by key: at the same level this one counts.",
+    )
 
 
 class Config(Strict):

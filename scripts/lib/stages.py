@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -18,7 +19,8 @@ class Stage:
 
     `content` is the folder of an artifact that descendants read. `packages` are
     those whose version can change a result: they are part of a node's identity,
-    at the version that the engine's lock pins.
+    at the version that the engine's lock pins. `launcher` starts the processes of
+    those that can have several.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Stage:
     recipe: type[BaseModel]
     packages: tuple[str, ...] = ()
     trains: bool = False
+    launcher: Literal["", "torchrun", "ray"] = ""
 
 
 STAGES: dict[str, Stage] = {
@@ -80,6 +83,7 @@ STAGES: dict[str, Stage] = {
             schema.PretrainRecipe,
             _TRAIN,
             trains=True,
+            launcher="torchrun",
         ),
         Stage(
             "sft",
@@ -89,6 +93,7 @@ STAGES: dict[str, Stage] = {
             schema.SftRecipe,
             (*_TRAIN, "trl", "datasets"),
             trains=True,
+            launcher="torchrun",
         ),
         Stage(
             "grpo",

@@ -13,6 +13,7 @@ refresh()  after each node: what came out the same stops there
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -403,6 +404,37 @@ class Store:
         read = {path: deps[path] for path in node.artifacts}
         text = json.dumps({"node": node.id, "outs": outs, "deps": read}, indent=1)
         write_atomic(Path(node.manifest), text)
+
+    # ---- jobs of a cluster, which outlive the run that submitted them --------------
+
+    def made_from(self, node: Node) -> str:
+        """A digest of what a job of this node would build from, as things are now."""
+        inputs = {}
+        for artifact in node.artifacts:
+            manifest = Path(self.graph.nodes[str(self.graph.owner(artifact))].manifest)
+            built = json.loads(manifest.read_text()) if manifest.exists() else {}
+            inputs[artifact] = built.get("outs", {}).get(artifact)
+        inputs |= {file: self.digest(file) for file in node.files}
+        text = json.dumps([node.params, node.flags, inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def write_job(self, node: Node) -> None:
+        """Leave word of what a job builds from, and of where it runs."""
+        job = {"made_from": self.made_from(node), "placement": node.placement}
+        write_atomic(node.job, json.dumps(job))
+
+    def job_is_wanted(self, node: Node, waits: bool) -> bool:
+        """Whether a job submitted before builds what is wanted now.
+
+        One that `waits` still, must also have been submitted with today's placement.
+        """
+        try:
+            job = json.loads(node.job.read_text())
+        except (FileNotFoundError, ValueError):
+            return False
+        if waits and job["placement"] != node.placement:
+            return False
+        return bool(job["made_from"] == self.made_from(node))
 
     def sync(self) -> dict[str, list[str]]:
         """Decide which manifests exist, from dvc.lock and the files alone.

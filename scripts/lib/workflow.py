@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import graph, plan
+from scripts.lib import doctor, graph, plan
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph
+from scripts.lib.stages import STAGES
 from scripts.lib.store import GRAPH, IN_RUN, Store, dvc_errors
 
 
 class Workflow:
     """The graph and its store, as the Snakefile sees them."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, cluster: Path | None = None) -> None:
+        self.store, self.cluster = store, cluster
+        self.snakemake: Any = None
 
     @classmethod
     def at_start(cls, workflow: Any) -> Workflow:
@@ -33,7 +36,9 @@ class Workflow:
         os.environ["PATH"] = f"{ours}{os.pathsep}{os.environ.get('PATH', '')}"
         try:
             with dvc_errors():
-                return cls.decide(workflow, [Path(os.path.relpath(p)) for p in given])
+                made = cls.decide(workflow, [Path(os.path.relpath(p)) for p in given])
+                made.snakemake = workflow
+                return made
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -49,10 +54,15 @@ class Workflow:
                 "one file says it all, and DVC reads it too",
                 "write a config that starts with `extends: config.yaml`",
             )
-        store = Store(graph.build(given[0] if given else plan.chosen_config()))
+        there = cluster_file(workflow)
+        store = Store(graph.build(given[0] if given else plan.chosen_config(), there))
         store.sync()
         plan.announce(store)
-        return cls(store)
+        if there:
+            from scripts.lib.executor import register
+
+            register(store)
+        return cls(store, there)
 
     def nodes(self, stage: str) -> list[str]:
         """The names of a stage's nodes."""
@@ -91,12 +101,59 @@ class Workflow:
         """One setting of a node's placement."""
         return self.store.graph.nodes[f"{stage}/{name}"].placement[key]
 
+    def resources(self, stage: str, name: str) -> dict[str, int | str]:
+        """A node's placement as Snakemake's resources; on a cluster, as Slurm's.
+
+        Several machines are asked for with one task each, which the stage's launcher
+        starts. `gres` rather than `gpu`, which may be split over machines:
+        https://snakemake.github.io/snakemake-plugin-catalog/plugins/executor/slurm.html
+        """
+        placed = self.store.graph.nodes[f"{stage}/{name}"].placement
+        found: dict[str, int | str] = {
+            "mem_mb": int(1000 * placed["memory_gb"]),
+            "runtime": placed["minutes"],
+        }
+        if not self.cluster:
+            return found | {"gpu": placed["gpus"]}
+        before = min(placed["stop_seconds"], 30 * placed["minutes"])
+        extra = ["--ntasks-per-node=1", "--open-mode=append"]
+        if STAGES[stage].trains:
+            extra.append(f"--signal=B:USR1@{before}")
+        found |= {"nodes": placed["nodes"], "slurm_extra": " ".join(extra)}
+        if placed["gpus"]:
+            found["gres"] = f"{placed['gres']}:{placed['gpus']}"
+        if "gpu" not in str(found.get("gres")):  # else the plugin would ask for one
+            found["tasks"] = placed["nodes"]
+        for key in ("account", "partition"):
+            found |= {f"slurm_{key}": placed[key]} if placed[key] else {}
+        for key in ("qos", "constraint"):
+            found |= {key: placed[key]} if placed[key] else {}
+        return found
+
     def start(self) -> None:
         """Take this folder for the run that starts."""
         try:
+            here = self.snakemake.executor_plugin.common_settings.local_exec
+            if not here and not self.cluster:
+                raise UserError(
+                    "--executor",
+                    "a cluster, but no file describes it",
+                    "use --profile slurm, which names slurm/cluster.yaml",
+                )
+            if self.cluster and Path(self.snakemake.workdir_init) != Path.cwd():
+                raise UserError(
+                    self.snakemake.workdir_init,
+                    "jobs start where Snakemake does",
+                    f"run this in the project's folder: cd {Path.cwd()}",
+                )
             self.store.hold()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if self.cluster:
+                doctor.preflight(self.store, self.cluster)
+        except Exception as error:  # Snakemake would say nothing of it
+            if isinstance(error, UserError):
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)
 
@@ -104,6 +161,11 @@ class Workflow:
         """Say what is not built, and how to go on."""
         self.store.settle(keep=True)
         left = ", ".join(plan.stale(self.store))
+        if self.cluster:
+            from scripts.lib.executor import Executor
+
+            for what in Executor.failures:
+                print(f"[failed] {what}", file=sys.stderr)
         print(f"[failed] not built: {left}", file=sys.stderr)
         print("[failed] the same command again continues from there", file=sys.stderr)
 
@@ -111,3 +173,14 @@ class Workflow:
         """Say where the results are."""
         self.store.settle(keep=True)
         plan.results(self.store)
+
+
+def cluster_file(workflow: Any) -> Path | None:
+    """The cluster's file, which the Slurm profile names as a default resource.
+
+    Snakemake reads the Snakefile before it tells which executor there will be.
+    """
+    given = workflow.resource_settings.default_resources
+    if not given or "cluster_file" not in given:
+        return None
+    return Path(str(given["cluster_file"].raw))

@@ -204,7 +204,9 @@ def make_project(path: Path, config: str = CONFIG) -> Project:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The project with everything built, committed, and pushed to a remote."""
-    shared = tmp_path_factory.getbasetemp().parent  # of all the test processes
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all the test processes
     base, first = shared / "built", shared / "built.json"
     with FileLock(shared / "built.lock"):
         if not first.exists():
