@@ -10,7 +10,6 @@ config/params.yaml from the config.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from scripts.lib.store import (
     Store,
     apart_from_builds,
     dvc_errors,
+    is_held,
 )
 
 FEW = 3
@@ -51,14 +51,7 @@ def state_of(store: Store, id: str) -> tuple[str, str]:
 
 def is_running(id: str) -> bool:
     """Whether some process holds the node's lock at this moment."""
-    try:
-        with open(STATE / f"{id}.lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_held(STATE / f"{id}.lock")
 
 
 def verb(reasons: list[str]) -> str:

@@ -9,7 +9,6 @@ Reads files and asks Slurm once, where there is one; writes nothing.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from scripts.lib.graph import Graph, Node
 from scripts.lib.run import number
 from scripts.lib.slurm import SlurmError, SlurmJob
 from scripts.lib.stages import STAGES
-from scripts.lib.store import GRAPH, PLAN_LOCK, RUN_LOCK, Store, dvc_errors
+from scripts.lib.store import GRAPH, PLAN_LOCK, RUN_LOCK, Store, dvc_errors, is_held
 
 ORDER = ("running", "pending", "failed", "cancelled", "ready", "waiting", "current")
 """States in the order of the summary."""
@@ -94,15 +93,7 @@ def run_is_active() -> bool:
 
     Whoever takes the run's lock has the plan's: holding that, looking disturbs nobody.
     """
-    try:
-        with open(PLAN_LOCK) as planning, open(RUN_LOCK) as run:
-            for lock in (planning, run):
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_held(PLAN_LOCK, RUN_LOCK)
 
 
 def rows(store: Store, jobs: list[SlurmJob]) -> list[Row]:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -506,6 +506,23 @@ def try_lock(lock: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_held(*paths: Path) -> bool:
+    """Whether some process holds one of these lock files at this moment.
+
+    Those named first stay held here while the others are looked at.
+    """
+    try:
+        with ExitStack() as stack:
+            for path in paths:
+                lock = stack.enter_context(open(path))
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager

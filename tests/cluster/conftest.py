@@ -23,7 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours = [item for item in items if item.path.is_relative_to(FOLDER)]
     reason = missing() if ours else ""
     for item in ours:
-        item.add_marker(pytest.mark.xdist_group("cluster"))
         if reason:
             item.add_marker(pytest.mark.skip(reason=f"NOT TESTED: {reason}"))
 

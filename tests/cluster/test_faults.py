@@ -171,8 +171,7 @@ def test_a_squeue_that_fails_is_waited_for_and_then_given_up(
     broken.unlink()
     again = site.build("pretrain")
     again.done()
-    if "is Slurm job" in again.said:
-        raise AssertionError(f"submitted {job} again")
+    assert "is Slurm job" not in again.said, f"submitted {job} again"
     assert site.submitted() == ["pretrain/base"]
 
 
