@@ -9,6 +9,7 @@ and between `<!-- reference -->` and `<!-- end of reference -->`.
 from __future__ import annotations
 
 import argparse
+import inspect
 import types
 import typing
 from pathlib import Path
@@ -26,7 +27,9 @@ from scripts.lib.schema import (
     Container,
     Data,
     Machine,
+    Peft,
     Placement,
+    Released,
     Task,
 )
 from scripts.lib.stages import STAGES
@@ -50,6 +53,10 @@ def kind_of(annotation: Any) -> str:
     names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
     if annotation in names:
         return names[annotation]
+    if annotation is Any:
+        return "anything"
+    if annotation in (Peft, Released):
+        return "mapping"
     return str(getattr(annotation, "__name__", annotation)).lower()
 
 
@@ -81,7 +88,7 @@ def summary(model: type[BaseModel]) -> str:
     """A model's docstring, or the one of the recipe it extends."""
     for one in model.__mro__:
         if one.__dict__.get("__doc__"):
-            return str(one.__doc__).strip()
+            return inspect.cleandoc(str(one.__doc__))
     return ""
 
 
@@ -94,6 +101,11 @@ def reference() -> str:
         parts += [f"#### `{name}:`", "", summary(model), "", *table(model), ""]
         if name == "eval":
             parts += ["Each of `tasks`:", "", *table(Task), ""]
+        if name == "sft":
+            parts += [f"`peft:` {summary(Peft)}", "", *table(Peft), ""]
+        if name in ("sft", "grpo"):
+            parts += [f"`from:` as a mapping: {summary(Released)}", ""]
+            parts += [*table(Released), ""]
     parts += ["#### `placement:`", "", summary(Placement), ""]
     parts += ["By stage, then node; `default` at either level is the base.", ""]
     parts += [*table(Placement), "", "#### `slurm/cluster.yaml`", ""]

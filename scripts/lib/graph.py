@@ -11,7 +11,7 @@ from typing import Any
 
 import pydantic
 
-from scripts.lib import identity
+from scripts.lib import identity, parallel
 from scripts.lib.errors import UserError
 from scripts.lib.load import (
     ConfigError,
@@ -23,10 +23,14 @@ from scripts.lib.load import (
 )
 from scripts.lib.schema import (
     HUB_NAME,
+    PARALLEL,
     Cluster,
     ClusterPlacement,
     Config,
+    Engine,
+    MegatronRecipe,
     Placement,
+    Released,
 )
 from scripts.lib.stages import DATA, MODELS, PARENTS, STAGES
 
@@ -37,13 +41,19 @@ MODEL_FOLDERS = Path("config/models")
 RESERVED = {".dvc", ".git", ".snakemake", "artifacts", "logs", "state", "work"}
 """Folders of the build itself: nothing there is an input."""
 
+HUB = "hf:"
+"""Before the name and the revision of a parent that is on the hub, for --parent."""
+
+OF_NVIDIA = {"peft"} | MegatronRecipe.__annotations__.keys()
+"""Settings that only that engine knows."""
+
 CONFIG_PATH = re.compile(r"[\w./-]+")
 """Config paths stand in dvc.yaml's commands."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A named stage instance: what it is made from, how, and where it runs.
+    """A named stage instance: what it is made from, how, by whom, and where it runs.
 
     `flags` are its script's inputs as (flag, value) pairs; `artifacts` the folders
     or files of other nodes it reads, `files` those of the project's own.
@@ -59,6 +69,12 @@ class Node:
     code: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     placement: dict[str, Any] = field(default_factory=dict)
+    engine: Engine = "transformers"
+
+    @property
+    def script(self) -> str:
+        """The module that makes it."""
+        return STAGES[self.stage].script_of(self.engine)
 
     @property
     def id(self) -> str:
@@ -376,11 +392,15 @@ class _Builder:
                     seen[name] = stage
 
     def check_cycles(self) -> None:
-        parent = {
-            f"{stage}/{name}": self.ref((stage, name, "from"), node.from_, PARENTS)
-            for stage in ("sft", "grpo", "export")
-            for name, node in self.sections[stage].items()
-        }
+        self.released: dict[str, Released] = {}
+        parent: dict[str, str] = {}
+        for stage in ("sft", "grpo", "export"):
+            for name, node in self.sections[stage].items():
+                id = f"{stage}/{name}"
+                if isinstance(node.from_, Released):
+                    self.released[id] = node.from_
+                else:
+                    parent[id] = self.ref((stage, name, "from"), node.from_, PARENTS)
         for start in parent:
             path = [start]
             while (above := parent.get(path[-1])) is not None:
@@ -396,7 +416,9 @@ class _Builder:
         parts: dict[str, Any] = getattr(self, f"of_{stage}", lambda name, settings: {})(
             name, settings
         )
-        recipe = self.recipe(stage, settings)
+        engine = STAGES[stage].engine_of(self.config.engine)
+        self.check_engine(stage, name, engine, settings)
+        recipe = self.recipe(stage, settings) | parts.get("recipe", {})
         if "sources" in parts:
             recipe["sources"] = parts["sources"]
         parents = list(dict.fromkeys(parts.get("parents", [])))
@@ -410,18 +432,52 @@ class _Builder:
             tuple(parts.get("flags", [])),
             tuple(artifacts),
             tuple(dict.fromkeys(parts.get("files", []))),
-            identity.code_of(spec.script),
-            identity.versions(spec.packages),
-            self.placement(stage, name),
+            identity.code_of(spec.script_of(engine)),
+            identity.versions(spec.packages_of(engine), engine),
+            self.placement(stage, name, engine),
+            engine,
         )
 
     def recipe(self, stage: str, settings: Any) -> dict[str, Any]:
         """The node's settings without what it refers to; unset ones left out."""
         keep = set(STAGES[stage].recipe.model_fields) - {"sources"}
-        dumped = settings.model_dump(by_alias=True, include=keep)
-        return {k: v for k, v in dumped.items() if v is not None}
+        dumped: dict[str, Any] = settings.model_dump(
+            by_alias=True, include=keep, exclude_none=True
+        )
+        return dumped
 
-    def placement(self, stage: str, name: str) -> dict[str, Any]:
+    def check_engine(
+        self, stage: str, name: str, engine: Engine, settings: Any
+    ) -> None:
+        """What only one engine can be told, and what that one would not know."""
+        key = (stage, name)
+        given = [k for k in sorted(OF_NVIDIA) if getattr(settings, k, None) is not None]
+        if engine != "nvidia":
+            for setting in given:
+                raise self.error((*key, setting), *self.belongs(stage))
+            return
+        from scripts.lib import bridge_options
+
+        if "recipe" in given and (
+            found := bridge_options.check_recipe(settings.recipe)
+        ):
+            raise self.error((*key, "recipe"), *found)
+        for setting, what, hint in bridge_options.check_overrides(
+            getattr(settings, "overrides", None) or {}
+        ):
+            raise self.error((*key, "overrides", setting), what, hint)
+        id = f"{stage}/{name}"
+        known = None if id in self.parent else self.model_config(id)
+        if known and (found := bridge_options.check_architecture(known[1])):
+            at = "model" if stage == "pretrain" else "from"
+            raise self.error((*key, at), *found)
+
+    def belongs(self, stage: str) -> tuple[str, str]:
+        """What is said of a key that the engine of a stage does not know."""
+        hint = f"remove it; {stage} runs on engine transformers here"
+        return "belongs to engine: nvidia", hint
+
+    def placement(self, stage: str, name: str, engine: Engine) -> dict[str, Any]:
         """Where a node runs: the more specific level counts, then the cluster's."""
         model = ClusterPlacement if self.cluster else Placement
         merged: dict[str, Any] = {}
@@ -450,7 +506,12 @@ class _Builder:
             lines, found = at.get(key, (self.lines, ("placement", stage, name)))
             return ConfigError(lines.where(*found), what, hint)
 
-        self.check_processes(stage, name, placed, refuse)
+        if engine == "nvidia":
+            self.check_parallel(stage, name, placed, refuse)
+        else:
+            for_it = {key for key, (_, here) in at.items() if here[1] != "default"}
+            self.check_of_nvidia(stage, placed, for_it, refuse)
+            self.check_processes(stage, name, placed, refuse)
         if self.cluster:
             self.check_machine(self.cluster, placed, refuse)
             container = self.cluster.container.model_dump()
@@ -462,6 +523,40 @@ class _Builder:
         if key in ClusterPlacement.model_fields:
             return "it belongs in the cluster's file: slurm/cluster.yaml"
         return nearest(key, [*Placement.model_fields])
+
+    def check_parallel(
+        self, stage: str, name: str, placed: Placement, refuse: Refusal
+    ) -> None:
+        """Sizes that Megatron can split this model and its batch by."""
+        settings = self.sections[stage][name]
+        known = self.model_config(f"{stage}/{name}")
+        length = getattr(settings, "sequence_length", None)
+        if stage == "sft":
+            packed = self.ref((stage, name, "data"), settings.data, ("pack",))
+            length = self.sections["pack"][packed.split("/")[1]].sequence_length
+        for key, what, hint in parallel.problems(
+            stage,
+            placed,
+            known[1] if known else None,
+            getattr(settings, "batch_size", None),
+            length,
+            getattr(settings, "precision", None),
+        ):
+            if key in Placement.model_fields:
+                raise refuse(key, what, hint)
+            raise self.error((stage, name, key), what, hint)
+
+    def check_of_nvidia(
+        self, stage: str, placed: Placement, given: set[str], refuse: Refusal
+    ) -> None:
+        """Nothing is `given` for this stage that only the other engine knows.
+
+        What is given for all stages is for those that know it.
+        """
+        for key in (*PARALLEL, "python"):
+            default = Placement.model_fields[key].default
+            if key in given and getattr(placed, key) != default:
+                raise refuse(key, *self.belongs(stage))
 
     def check_processes(
         self, stage: str, name: str, placed: Placement, refuse: Refusal
@@ -560,13 +655,23 @@ class _Builder:
         if stage == "pretrain":
             data = self.sections[stage][name].data.split("/")[-1]
             return self.tokenizer_of(f"tokenize/{data}")
+        if id in self.released:  # its data's, which is compared with the model's own
+            key, made_by = (stage, name, "data"), {"sft": "pack", "grpo": "prompts"}
+            data = self.sections[stage][name].data
+            return self.tokenizer_of(self.ref(key, data, (made_by[stage],)))
         return self.tokenizer_of(self.parent[id])
 
-    def model_config(self, id: str) -> tuple[str, dict[str, Any]]:
-        """The file and content of the model definition that a node descends from."""
+    def model_config(self, id: str) -> tuple[str, dict[str, Any]] | None:
+        """The file and content of the model definition that a node descends from.
+
+        None where they are not here: on the hub, or tracked by DVC and not pulled.
+        """
         while id in self.parent:
             id = self.parent[id]
         name = id.split("/")[1]
+        if id in self.released:
+            file = str(Path(self.released[id].hf, "config.json"))
+            return (file, self.json_of(file)) if Path(file).exists() else None
         key = ("pretrain", name, "model")
         model = self.sections["pretrain"][name].model
         file = str(MODEL_FOLDERS / model / "config.json")
@@ -575,14 +680,22 @@ class _Builder:
             raise self.error(
                 key, f"no such model: {model} (of config/models)", nearest(model, known)
             )
+        return file, self.json_of(file)
+
+    def json_of(self, file: str) -> dict[str, Any]:
         try:
             loaded = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(file, f"not JSON: {error}") from error
-        return file, loaded
+        if not isinstance(loaded, dict):
+            raise UserError(file, "not a mapping")
+        return loaded
 
     def fits(self, key: tuple[str, ...], length: int, what: str, id: str) -> None:
-        file, model = self.model_config(id)
+        known = self.model_config(id)
+        if known is None:
+            return
+        file, model = known
         longest = model.get("max_position_embeddings")
         if isinstance(longest, int) and length > longest:
             raise self.error(
@@ -595,7 +708,9 @@ class _Builder:
         key, id = ("pretrain", name), f"pretrain/{name}"
         data = self.ref((*key, "data"), node.data, ("tokenize",))
         tokenizer = self.tokenizer_of(data)
-        file, model = self.model_config(id)
+        known = self.model_config(id)
+        assert known is not None, "its definition is in config/models"
+        file, model = known
         entries = self.sections["tokenizer"][tokenizer.split("/")[1]].vocab_size
         if entries and entries > model.get("vocab_size", entries):
             raise self.error(
@@ -623,10 +738,20 @@ class _Builder:
                 f"{node.warmup_steps} of {node.steps} steps leaves none to train",
             )
 
-    def post_training(self, stage: str, name: str, node: Any, data: str) -> list[str]:
-        """The parent and the data node, made with one tokenizer."""
-        key, parent = (stage, name), self.parent[f"{stage}/{name}"]
+    def post_training(
+        self, stage: str, name: str, node: Any, data: str
+    ) -> dict[str, Any]:
+        """Where a node starts and its data node, made with one tokenizer.
+
+        As parts of a node: parents, files, flags, and what its recipe has of them.
+        """
+        key = (stage, name)
         id = self.ref((*key, "data"), node.data, (data,))
+        self.check_warmup(key, node)
+        if isinstance(node.from_, Released):
+            parts = self.from_released(key, node.from_, self.tokenizer_of(id))
+            return parts | {"parents": [id]}
+        parent = self.parent[f"{stage}/{name}"]
         ours, theirs = self.tokenizer_of(id), self.tokenizer_of(parent)
         if ours != theirs:
             raise self.error(
@@ -634,24 +759,77 @@ class _Builder:
                 f"{id} is made with {ours}, {parent} with {theirs}",
                 "use one tokenizer along a chain",
             )
-        self.check_warmup(key, node)
-        return [parent, id]
+        return {"parents": [parent, id], "flags": [("--parent", self.content(parent))]}
+
+    def from_released(
+        self, key: tuple[str, ...], model: Released, tokenizer: str
+    ) -> dict[str, Any]:
+        """Parts of a node that starts from a model that was not trained here."""
+        at = (*key, "from", "hf")
+        here = Path(model.hf).exists() or Path(f"{model.hf}.dvc").exists()
+        parts: dict[str, Any]
+        if HUB_NAME.match(model.hf) and not here:
+            parts = self.from_hub(key, model)
+            wanted = f"{{hf: {model.hf}, revision: {model.revision}}}"
+        else:
+            folder = Path(self.existing(at, model.hf))
+            if model.revision is not None:
+                raise self.error(
+                    (*key, "from", "revision"),
+                    f"{model.hf} is a folder here: its files count",
+                    "remove it",
+                )
+            for needs in ("config.json", "*.safetensors") if folder.exists() else ():
+                if not any(folder.glob(needs)):
+                    raise self.error(at, f"{folder} holds no {needs}")
+            parts = {"files": [str(folder)], "flags": [("--parent", str(folder))]}
+            wanted = f"{{path: {folder}}}"
+        ready = self.sections["tokenizer"][tokenizer.split("/")[1]]
+        same_folder = ready.path and Path(ready.path) == Path(model.hf)
+        of_hub = (model.hf, model.revision)
+        if not same_folder and (ready.hf, ready.revision) != of_hub:
+            raise self.error(
+                (*key, "data"),
+                f"made with {tokenizer}, which is not the one of {model.hf}",
+                f"make it with a tokenizer node {wanted}",
+            )
+        return parts
+
+    def from_hub(self, key: tuple[str, ...], model: Released) -> dict[str, Any]:
+        """Parts of a node that starts from a model on the hub."""
+        if STAGES[key[0]].engine_of(self.config.engine) != "nvidia":
+            raise self.error(
+                (*key, "from", "hf"),
+                f"{key[0]} runs on engine transformers, which takes no model from the "
+                "hub, and there is no such folder here",
+                "give a local folder",
+            )
+        if model.revision is None:
+            raise self.error(
+                (*key, "from", "revision"),
+                "missing: a model on the hub can change under its name",
+                "pin the commit, 40 hex digits; or give a folder that is here",
+            )
+        return {
+            "flags": [("--parent", f"{HUB}{model.hf}@{model.revision}")],
+            "recipe": {"parent": {"hf": model.hf, "revision": model.revision}},
+        }
 
     def of_sft(self, name: str, node: Any) -> dict[str, Any]:
-        parent, packed = self.post_training("sft", name, node, "pack")
+        key = ("sft", name)
+        if node.parent is not None:
+            raise self.error((*key, "parent"), "unknown key", "did you mean `from`?")
+        parts = self.post_training("sft", name, node, "pack")
+        packed = parts["parents"][-1]
         length = self.sections["pack"][packed.split("/")[1]].sequence_length
-        self.fits(("sft", name, "data"), length, f"{packed} has rows", parent)
-        return {
-            "parents": [parent, packed],
-            "flags": [
-                ("--parent", self.content(parent)),
-                ("--packed", self.content(packed)),
-            ],
-        }
+        self.fits((*key, "data"), length, f"{packed} has rows", f"sft/{name}")
+        parts["flags"].append(("--packed", self.content(packed)))
+        return parts
 
     def of_grpo(self, name: str, node: Any) -> dict[str, Any]:
         key = ("grpo", name)
-        parent, prompts = self.post_training("grpo", name, node, "prompts")
+        parts = self.post_training("grpo", name, node, "prompts")
+        prompts = parts["parents"][-1]
         if node.batch_size % node.num_generations:
             raise self.error(
                 (*key, "batch_size"),
@@ -663,15 +841,13 @@ class _Builder:
         longest = self.sections["prompts"][prompts.split("/")[1]].max_prompt_tokens
         total = longest + node.max_completion_tokens
         self.fits(
-            (*key, "max_completion_tokens"), total, "prompt and completion", parent
+            (*key, "max_completion_tokens"),
+            total,
+            "prompt and completion",
+            f"grpo/{name}",
         )
-        return {
-            "parents": [parent, prompts],
-            "flags": [
-                ("--parent", self.content(parent)),
-                ("--prompts", self.content(prompts)),
-            ],
-        }
+        parts["flags"].append(("--prompts", self.content(prompts)))
+        return parts
 
     def of_export(self, name: str, node: Any) -> dict[str, Any]:
         parent = self.parent[f"export/{name}"]

@@ -14,8 +14,12 @@ from importlib import metadata
 from pathlib import Path
 
 from scripts.lib.errors import UserError
+from scripts.lib.schema import Engine
 
-LOCK = Path("envs/transformers.lock")
+LOCKS: dict[Engine, Path] = {
+    "transformers": Path("envs/transformers.lock"),
+    "nvidia": Path("envs/nvidia.lock"),
+}
 
 NEUTRAL = {f"scripts.lib.{name}" for name in ("cli", "errors", "progress", "schema")}
 """Modules that cannot change a result: the recipe they check is identity itself."""
@@ -126,33 +130,49 @@ def code_of(script: str) -> dict[str, str]:
 
 
 def forget() -> None:
-    """Read the code anew from here on."""
-    for cached in (_tree, modules_of, _module_digest, code_of):
+    """Read the code and the locks anew from here on."""
+    for cached in (_tree, modules_of, _module_digest, code_of, pins):
         cached.cache_clear()
 
 
 @functools.cache
-def pins() -> dict[str, str]:
-    """{package: version} of the engine's lock file."""
-    found = re.findall(r"(?m)^([A-Za-z0-9._-]+)==([^\s;]+)", LOCK.read_text())
+def pins(engine: Engine = "transformers") -> dict[str, str]:
+    """{package: version} of an engine's lock file, as pip reads it, hashes or not."""
+    lock = LOCKS[engine]
+    try:
+        text = lock.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(str(lock), f"no such file, with engine: {engine}") from error
+    found = re.findall(r"(?m)^([\w.-]+)(?:\[[^\]]*\])?\s*==\s*([^\s;#\\]+)", text)
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
 
 
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
+def versions(
+    packages: tuple[str, ...], engine: Engine = "transformers"
+) -> dict[str, str]:
     """The pinned versions of these packages.
 
-    Raises UserError where what is installed is another version.
+    Raises UserError where the lock lacks one, or what is installed is another version.
+    The packages of nvidia are elsewhere, in another environment or a container: its
+    scripts compare them as they start.
     """
-    result = {name: pins()[name] for name in sorted(packages)}
-    for name, pinned in result.items():
+    lock, pinned = LOCKS[engine], pins(engine)
+    if lacking := sorted(set(packages) - set(pinned)):
+        raise UserError(
+            f"{lock} {lacking[0]}", "not pinned", f"add a line {lacking[0]}==VERSION"
+        )
+    result = {name: pinned[name] for name in sorted(packages)}
+    if engine == "nvidia":
+        return result
+    for name, version in result.items():
         try:
             found = metadata.version(name).partition("+")[0]
         except metadata.PackageNotFoundError:
             found = "not installed"
-        if found != pinned:
+        if found != version:
             raise UserError(
-                f"{LOCK} {name}",
-                f"pinned at {pinned}, but here it is {found}",
+                f"{lock} {name}",
+                f"pinned at {version}, but here it is {found}",
                 "run `make env`",
             )
     return result

@@ -42,7 +42,10 @@ LIBC = ctypes.CDLL(None)
 ENTRY = ["-P", "-m", "scripts.lib.launch"]
 TORCHRUN = ["-P", "-m", "torch.distributed.run"]
 
-PASSED = ("PYTHON", "OMP_", "GOMP_", "HF_", "TOKENIZERS_PARALLELISM")
+PASSED = (
+    *("PYTHON", "OMP_", "GOMP_", "HF_", "TOKENIZERS_PARALLELISM"),
+    *("NCCL_", "NVTE_", "TORCHINDUCTOR_", "TRITON_"),
+)
 """Variables set in containers too where an image sets them otherwise: how they begin."""
 NOT_PASSED = {"PYTHONHOME", "PYTHONEXECUTABLE", "HF_TOKEN"}
 """Of those: the host's Python, and what must not be read from a process list."""
@@ -89,11 +92,12 @@ def command(
     placement: Mapping[str, Any],
     work: Path,
     environ: Mapping[str, str],
+    python: str = sys.executable,
 ) -> list[str]:
     """The command line that runs `python *words` as the placement says.
 
     `environ` is what it will be run with; of it, what containers would change is
-    repeated in the command line. Raises UserError for what cannot be run here.
+    repeated in the command line, and their Python is the image's. Raises UserError for what cannot be run here.
     """
     nodes, processes = placement["nodes"], placement["processes"]
     container = placement.get("container") or {}
@@ -109,7 +113,7 @@ def command(
             what, "this is no Slurm job", "use --profile slurm, or one machine"
         )
     hosts = hosts_of_job(nodes, environ) if nodes > 1 else []
-    python = sys.executable if runtime == "none" else "python"
+    python = python if runtime == "none" else "python"
     several = ["--hosts", ",".join(hosts)] if hosts else []
     if launcher == "ray":
         flags = [*several, "--port", str(free_ports(first_block(environ)))]

@@ -37,8 +37,8 @@ from scripts.lib.attest import attest
 from scripts.lib.digest import Memory, md5_file, tree_digest, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
-from scripts.lib.identity import LOCK as ENVIRONMENT
 from scripts.lib.progress import say
+from scripts.lib.schema import PARALLEL
 from scripts.lib.stages import STAGES
 from scripts.lib.store import (
     GRAPH,
@@ -68,6 +68,7 @@ OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]kill", re.IGNORECASE)
 """How Slurm says so where a step of several machines ran out of memory."""
 RESUMES_IN_OUT = {"tokenize"}
 """Stages that find finished parts of their own in --out."""
+PYTHON_OF_NVIDIA = Path(".venv-nvidia/bin/python")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -269,7 +270,7 @@ class Job:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree("scripts", copy / "scripts", ignore=ignored)
         identity.forget()
-        if identity.code_of(STAGES[self.node.stage].script) != self.node.code:
+        if identity.code_of(self.node.script) != self.node.code:
             raise UserError(
                 self.node.id, "its code changed since it was planned", "run again"
             )
@@ -368,8 +369,7 @@ class Job:
         began = datetime.now(UTC)
         if not self.script(content):
             return self.go_on_later()
-        parent = dict(node.flags).get("--parent")
-        attest(node.stage, node.recipe, content, Path(parent) if parent else None)
+        attest(node.stage, node.recipe, content, parent_of(node))
         (self.work / "finished").touch()
         self.check_planned(repo)
         provenance = self.provenance(began)
@@ -387,6 +387,7 @@ class Job:
         trains = STAGES[node.stage].trains
         if content.exists() and (self.work / "finished").exists():
             return True  # killed between the script's end and publishing
+        python = interpreter(node)
         for left in ("finished", "stop", "stopped"):
             (self.work / left).unlink(missing_ok=True)
         self.work.mkdir(parents=True, exist_ok=True)
@@ -397,12 +398,11 @@ class Job:
         self.resumed = (self.work / "progress.json").exists()
         if node.stage not in RESUMES_IN_OUT:
             shutil.rmtree(self.out, ignore_errors=True)
-        words = ["-P", "-m", STAGES[node.stage].script]
+        words = ["-P", "-m", node.script]
         words += ["--recipe", str(self.work / "recipe.yaml")]
         words += ["--out", str(content), "--work", str(self.work)]
         words += [word for flag in node.flags for word in flag]
-        if trains:
-            words += ["--save-steps", str(node.placement["save_steps"])]
+        words += placement_flags(node)
         if node.stage == "report":
             words += self.report_flags()
         environment = {
@@ -421,12 +421,13 @@ class Job:
         }
         command = launch.command(
             words,
-            launcher=STAGES[node.stage].launcher,
+            launcher=STAGES[node.stage].launcher_of(node.engine),
             placement=node.placement,
             work=self.work,
             environ=environment,
+            python=python,
         )
-        self.direct = command == [sys.executable, *words]
+        self.direct = command == [python, *words]
         on = f" on {os.environ['SLURM_JOB_NODELIST']}" if self.slurm else ""
         say(node.id, ("resumes" if self.resumed else "starts") + on)
         log = self.work / "log.txt"
@@ -535,7 +536,7 @@ class Job:
         hint = f"the whole log is {log}; a rerun resumes in {self.work}"
         raise UserError(
             self.node.id,
-            f"{STAGES[self.node.stage].script} ended with {how}:\n{tail}",
+            f"{self.node.script} ended with {how}:\n{tail}",
             hint,
         )
 
@@ -543,14 +544,17 @@ class Job:
         node = self.node
         seconds = json.loads((self.work / "seconds.json").read_text())
         gpus = node.placement["gpus"] * node.placement["nodes"]
-        lock = ENVIRONMENT.read_bytes()
+        locks = [identity.LOCKS["transformers"], identity.LOCKS[node.engine]]
         return {
             "node": node.id,
             "recipe": node.recipe,
             "inputs": self.deps,
             "code": node.code,
             "packages": node.packages,
-            "environment": {str(ENVIRONMENT): hashlib.sha256(lock).hexdigest()},
+            "environment": {
+                str(lock): hashlib.sha256(lock.read_bytes()).hexdigest()
+                for lock in locks
+            },
             "container": node.placement.get("container", {}).get("image"),
             "slurm_job": self.slurm or None,
             "git_commit": _git("rev-parse", "HEAD"),
@@ -642,6 +646,51 @@ class Job:
         if not self.is_planned():
             raise UserError(self.node.id, "the plan changed meanwhile", "run again")
         self.store.write_manifest(self.node, outs, deps)
+
+
+def placement_flags(node: Node) -> list[str]:
+    """What its script is told of where it runs."""
+    flags: list[str] = []
+    if node.engine == "nvidia":
+        for key in PARALLEL:
+            value = node.placement.get(key)
+            if value is not None:
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+                flags += [f"--{key.replace('_', '-')}", text]
+    if STAGES[node.stage].trains:
+        flags += ["--save-steps", str(node.placement["save_steps"])]
+    return flags
+
+
+def interpreter(node: Node) -> str:
+    """The Python of its script, not resolved: that of an environment is a link.
+
+    Raises UserError where the one that the placement names cannot be run.
+    """
+    if node.engine != "nvidia":
+        return sys.executable
+    runtime = node.placement.get("container", {}).get("runtime", "none")
+    named = node.placement.get("python")
+    if named and runtime == "none":
+        path = Path(os.path.abspath(named))
+        if not path.is_file() or not os.access(path, os.X_OK):
+            is_there = path.exists()
+            raise UserError(
+                f"placement.{node.stage}.{node.name}.python {named}",
+                "cannot be run" if is_there else "no such file",
+                "name a Python that has the packages of "
+                f"{identity.LOCKS[node.engine]}, or leave it out",
+            )
+        return str(path)
+    if PYTHON_OF_NVIDIA.exists():
+        return os.path.abspath(PYTHON_OF_NVIDIA)
+    return sys.executable
+
+
+def parent_of(node: Node) -> Path | None:
+    """The folder of the model it starts from; none where that is on the hub."""
+    parent = dict(node.flags).get("--parent", graph.HUB)
+    return None if parent.startswith(graph.HUB) else Path(parent)
 
 
 def progress_line(path: Path, trains: bool) -> str:

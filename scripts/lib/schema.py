@@ -11,12 +11,14 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 NodeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Engine = Literal["transformers", "nvidia"]
 
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -164,7 +166,31 @@ class TrainingRecipe(Strict):
     seed: int = Field(17, description="Seed of weights, order and sampling.")
 
 
-class PretrainRecipe(TrainingRecipe):
+class MegatronRecipe(TrainingRecipe):
+    """What only Megatron-Bridge can be told."""
+
+    recipe: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")] | None = (
+        Field(
+            None,
+            description="nvidia: a named recipe of Megatron-Bridge as the base of the "
+            "settings.",
+        )
+    )
+    precision: (
+        Literal["bf16", "fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4"]
+        | None
+    ) = Field(
+        None,
+        description="nvidia: arithmetic of the matrix products. Default: bf16.",
+    )
+    overrides: dict[str, Any] | None = Field(
+        None,
+        description="nvidia: settings of Megatron-Bridge's ConfigContainer, "
+        "`section.key: value`.",
+    )
+
+
+class PretrainRecipe(MegatronRecipe):
     """Train a model from its definition on a blend of tokens."""
 
     sequence_length: Positive = Field(description="Tokens a sequence.")
@@ -175,13 +201,58 @@ class Pretrain(PretrainRecipe):
     data: str = Field(description="Tokenize node.")
 
 
-class SftRecipe(TrainingRecipe):
+class Peft(Strict):
+    """A low-rank adapter."""
+
+    method: Literal["lora", "dora"] = Field(
+        description="`dora` learns the weights' lengths apart."
+    )
+    rank: Positive = Field(16, description="Columns of its two matrices.")
+    alpha: Positive = Field(32, description="Its output is scaled by alpha / rank.")
+    dropout: Fraction = Field(0.0, description="Share of its inputs dropped.")
+    target_modules: Names | None = Field(
+        None,
+        description="Megatron's linear layers. Default: all of attention, Mamba and "
+        "MLP.",
+    )
+
+
+class Released(Strict):
+    """A model that was not trained here."""
+
+    hf: str = Field(description="Model on the hub: `org/name`, or a local folder.")
+    revision: Revision | None = Field(
+        None, description="Commit of the model on the hub, 40 hex digits."
+    )
+
+
+def _parent(value: object) -> object:
+    """Leave one of two forms to check, so that a mistake is said of that form."""
+    if isinstance(value, dict):
+        return Released.model_validate(value)
+    if not isinstance(value, str):
+        raise PydanticCustomError("parent", "Should be a node, or `{hf: ...}`")
+    return value
+
+
+Parent = Annotated[str | Released, BeforeValidator(_parent)]
+
+
+class SftRecipe(MegatronRecipe):
     """Fine-tune on packed chats; the loss is on the assistant's tokens."""
+
+    peft: Peft | None = Field(
+        None,
+        description="nvidia: train a low-rank adapter; published as adapter and merged "
+        "model.",
+    )
+    parent: Released | None = Field(None, exclude=True)
 
 
 class Sft(SftRecipe):
-    from_: str = Field(
-        alias="from", description="Parent: a pretrain, sft or grpo node."
+    from_: Parent = Field(
+        alias="from",
+        description="Parent: a pretrain, sft or grpo node, or a released model.",
     )
     data: str = Field(description="Pack node.")
 
@@ -206,8 +277,9 @@ class GrpoRecipe(TrainingRecipe):
 
 
 class Grpo(GrpoRecipe):
-    from_: str = Field(
-        alias="from", description="Parent: a pretrain, sft or grpo node."
+    from_: Parent = Field(
+        alias="from",
+        description="Parent: a pretrain, sft or grpo node, or a released model.",
     )
     data: str = Field(description="Prompts node.")
 
@@ -263,7 +335,12 @@ class Report(ReportRecipe):
 
 
 class Placement(Strict):
-    """Where and how a node runs. Changing this reruns nothing."""
+    """Where and how a node runs. Changing this reruns nothing.
+
+    That holds for the sizes by which Megatron splits a model and its batch over GPUs
+    too: they change where a sum is computed, not what is trained, and a save made with
+    some is loaded with others.
+    """
 
     cpus: Positive = Field(1, description="CPU cores a machine.")
     memory_gb: Rate = Field(2.0, description="Main memory a machine, GB.")
@@ -272,7 +349,7 @@ class Placement(Strict):
     processes: Positive | None = Field(
         None,
         description="Trainer processes a machine; pretrain and sft. Default: one a "
-        "GPU, else one.",
+        "GPU, else one. nvidia: one a GPU.",
     )
     minutes: Positive = Field(30, description="Time limit of a job.")
     slices: Positive = Field(
@@ -289,7 +366,54 @@ class Placement(Strict):
         description="On a cluster: run where Snakemake runs, without a job; for light "
         "nodes.",
     )
+    tensor_parallel: Positive = Field(
+        1, description="nvidia: GPUs that share each layer's matrices."
+    )
+    pipeline_parallel: Positive = Field(
+        1, description="nvidia: stages, one after another, that share the layers."
+    )
+    context_parallel: Positive = Field(
+        1, description="nvidia: GPUs that share each sequence; pretrain."
+    )
+    expert_parallel: Positive = Field(
+        1, description="nvidia: GPUs that share the experts."
+    )
+    expert_tensor_parallel: Positive = Field(
+        1, description="nvidia: GPUs that share each expert's matrices."
+    )
+    micro_batch_size: Positive = Field(
+        1, description="nvidia: sequences a GPU computes at once."
+    )
+    virtual_pipeline: Positive | None = Field(
+        None, description="nvidia: model chunks a pipeline stage."
+    )
+    sequence_parallel: bool | None = Field(
+        None,
+        description="nvidia: share what tensor_parallel does not along the sequence. "
+        "Default: where tensor_parallel is above 1.",
+    )
+    distributed_optimizer: bool = Field(
+        True, description="nvidia: share the optimizer's state among the replicas."
+    )
+    python: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="nvidia: interpreter that has the engine's packages, where there "
+        "is no container. Default: .venv-nvidia/bin/python where it is there.",
+    )
 
+
+PARALLEL = (
+    "tensor_parallel",
+    "pipeline_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "expert_tensor_parallel",
+    "micro_batch_size",
+    "virtual_pipeline",
+    "sequence_parallel",
+    "distributed_optimizer",
+)
+"""Placement that a script of the engine nvidia is told."""
 
 SlurmName = Annotated[str, StringConstraints(pattern=r"^[\w.,@+-]+$")]
 
@@ -361,8 +485,10 @@ class Config(Strict):
         None,
         description="Another config, relative to this one, that this one overlays.",
     )
-    engine: Literal["transformers"] = Field(
-        "transformers", description="Who trains. `nvidia` is not here yet."
+    engine: Engine = Field(
+        "transformers",
+        description="Who trains: `transformers` (CPU, or GPUs by DDP), `nvidia` "
+        "(Megatron-Bridge).",
     )
     data: dict[NodeName, Data] = Field({}, description="Your datasets by name.")
     generate: dict[NodeName, Generate] = {}

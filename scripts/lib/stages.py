@@ -11,6 +11,18 @@ from scripts.lib import schema
 
 _HF = ("tokenizers", "transformers")
 _TRAIN = (*_HF, "torch", "accelerate", "safetensors", "numpy")
+_MEGATRON = (
+    "megatron-core",
+    "megatron-bridge",
+    "transformer-engine",
+    *_HF,
+    "torch",
+    "safetensors",
+    "numpy",
+)
+_MEGATRON_TRAIN = (*_MEGATRON, "mamba-ssm", "causal-conv1d")
+
+Launcher = Literal["", "torchrun", "ray"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,8 @@ class Stage:
     `content` is the folder of an artifact that descendants read. `packages` are
     those whose version can change a result: they are part of a node's identity,
     at the version that the engine's lock pins. `launcher` starts the processes of
-    those that can have several.
+    those that can have several. `nvidia` is the script of that engine, always under
+    torchrun; a stage without one is run by transformers whatever the config's engine.
     """
 
     name: str
@@ -30,7 +43,22 @@ class Stage:
     recipe: type[BaseModel]
     packages: tuple[str, ...] = ()
     trains: bool = False
-    launcher: Literal["", "torchrun", "ray"] = ""
+    launcher: Launcher = ""
+    nvidia: str = ""
+    nvidia_packages: tuple[str, ...] = ()
+
+    def engine_of(self, wanted: schema.Engine) -> schema.Engine:
+        """The engine that runs this stage where the config wants `wanted`."""
+        return wanted if self.nvidia else "transformers"
+
+    def script_of(self, engine: schema.Engine) -> str:
+        return self.nvidia if engine == "nvidia" else self.script
+
+    def packages_of(self, engine: schema.Engine) -> tuple[str, ...]:
+        return self.nvidia_packages if engine == "nvidia" else self.packages
+
+    def launcher_of(self, engine: schema.Engine) -> Launcher:
+        return "torchrun" if engine == "nvidia" else self.launcher
 
 
 STAGES: dict[str, Stage] = {
@@ -84,6 +112,8 @@ STAGES: dict[str, Stage] = {
             _TRAIN,
             trains=True,
             launcher="torchrun",
+            nvidia="scripts.nvidia.pretrain",
+            nvidia_packages=_MEGATRON_TRAIN,
         ),
         Stage(
             "sft",
@@ -94,6 +124,8 @@ STAGES: dict[str, Stage] = {
             (*_TRAIN, "trl", "datasets"),
             trains=True,
             launcher="torchrun",
+            nvidia="scripts.nvidia.sft",
+            nvidia_packages=_MEGATRON_TRAIN,
         ),
         Stage(
             "grpo",
@@ -111,6 +143,8 @@ STAGES: dict[str, Stage] = {
             schema.Export,
             schema.ExportRecipe,
             (*_HF, "torch", "safetensors", "numpy"),
+            nvidia="scripts.nvidia.export",
+            nvidia_packages=_MEGATRON,
         ),
         Stage(
             "eval",

@@ -33,6 +33,7 @@ from ruamel.yaml import YAML
 from scripts.lib.digest import Cache, Memory, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
+from scripts.lib.identity import LOCKS
 
 STATE = Path("state")
 RUN_LOCK = STATE / "run.lock"
@@ -145,7 +146,9 @@ class Store:
     def declarations(self) -> dict[Path, str]:
         """The text of dvc.yaml and of the parameters, as the graph has them."""
         graph = self.graph
-        inputs = [*graph.config_files, "envs/transformers.lock", "scripts"]
+        inputs = [*graph.config_files, "scripts", str(LOCKS["transformers"])]
+        if any(node.engine == "nvidia" for node in graph.nodes.values()):
+            inputs += [str(LOCKS["nvidia"]), "envs/nvidia-options.json"]
         stages: dict[str, Any] = {
             "plan": {
                 "cmd": f"python -m scripts.lib.plan --config {graph.config} --write",

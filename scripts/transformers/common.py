@@ -17,11 +17,10 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from scripts.lib import cli
-from scripts.lib.errors import RecipeError, UserError
+from scripts.lib import cli, outputs
+from scripts.lib.errors import RecipeError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import TrainingRecipe
 
@@ -31,31 +30,6 @@ if TYPE_CHECKING:
 
 NOT_DONE = cli.NOT_DONE
 MARKER = "whole.json"
-STOP = "stop"
-"""A file of this name in --work asks to save and stop; whoever asks removes it."""
-STOPPED = "stopped"
-"""Holds the step a run stopped at after a save: torchrun hides exit codes."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-
-
-class LossNotFinite(UserError):
-    """The loss is no longer a number."""
-
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"step {step}", f"the loss is {loss}", "try a lower lr")
-
-
-class NotDone(RuntimeError):
-    """Training came back before its last step."""
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -236,7 +210,7 @@ def train(
     from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
     progress = Progress(args.work)
-    stop_file, stopped_file = args.work / STOP, args.work / STOPPED
+    stop_file, stopped_file = args.work / outputs.STOP, args.work / outputs.STOPPED
     device = trainer.args.device
     stop_asked = stopped = False
 
@@ -273,7 +247,7 @@ def train(
                 return
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(logs.get(name, 0.0)):
-                    raise LossNotFinite(state.global_step, logs[name])
+                    raise outputs.LossNotFinite(state.global_step, logs[name])
             if not is_writer():
                 return
             step, lr = state.global_step, logs["learning_rate"]
@@ -297,7 +271,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(save) if save else None)
     step = trainer.state.global_step
     if step != recipe.steps and not stopped:
-        raise NotDone(f"training ended at step {step} of {recipe.steps}")
+        raise outputs.NotDone(f"training ended at step {step} of {recipe.steps}")
     if stopped:
         # torchrun signals the others when the first has ended: all shall exit alike.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -312,47 +286,6 @@ def train(
 # --- results -----------------------------------------------------------------
 
 
-def write_metrics(
-    path: Path,
-    history: list[dict[str, float]],
-    log_steps: int,
-    names: dict[str, str],
-    tokens_a_step: int = 0,
-) -> None:
-    """Write metrics.jsonl: means over each `log_steps` steps, lr as of the last.
-
-    `names` maps the trainer's names to ours, in the order of the columns; with
-    `tokens_a_step`, the tokens seen so far are added. Only the writer writes.
-    """
-    if not is_writer():
-        return
-    steps = [entry for entry in history if "loss" in entry]
-    last = int(steps[-1]["step"])
-    with open(path, "w", encoding="utf-8") as file:
-        window: list[dict[str, float]] = []
-        for entry in steps:
-            window.append(entry)
-            step = int(entry["step"])
-            if step % log_steps and step != last:
-                continue
-            line: dict[str, float] = {"step": step}
-            for theirs, ours in names.items():
-                values = [e[theirs] for e in window if e.get(theirs) is not None]
-                if values:
-                    line[ours] = values[-1] if ours == "lr" else fmean(values)
-            if tokens_a_step:
-                line["tokens"] = step * tokens_a_step
-            file.write(json.dumps(line) + "\n")
-            window = []
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy a tokenizer's files unchanged."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-
-
 def save_model(model: PreTrainedModel, tokenizer_folder: Path, out: Path) -> None:
     """Write a Hugging Face folder: weights, configs, and the tokenizer's files.
 
@@ -363,7 +296,7 @@ def save_model(model: PreTrainedModel, tokenizer_folder: Path, out: Path) -> Non
     model.config.use_cache = True
     model.config._name_or_path = ""
     model.save_pretrained(out)
-    copy_tokenizer(tokenizer_folder, out)
+    outputs.copy_tokenizer(tokenizer_folder, out)
 
 
 def load_parent(parent: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

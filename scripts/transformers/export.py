@@ -15,35 +15,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from scripts.lib import cli
+from scripts.lib import cli, outputs
 from scripts.lib.errors import AttestError
 from scripts.lib.schema import ExportRecipe
 from scripts.transformers import common
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 TOLERANCE = 0.0
-MAX_NEW_TOKENS = 64
-QUESTIONS = ("Hello!", "What is 12 + 30?", "Who are you?", "7 + 8 = ?", "")
-
-
-def fixed_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The questions as chats, or as plain text where there is no template."""
-    prompts = []
-    for question in QUESTIONS:
-        text = question or "1 + 1"
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return prompts
 
 
 def logits_of(model: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
@@ -53,16 +36,6 @@ def logits_of(model: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Te
     model.eval()
     with torch.no_grad():
         return [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
-
-
-def largest_difference(ours: Any, theirs: Any) -> float:
-    """The largest difference of two lists of logits; infinite where one is no number."""
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
-            return float("inf")
-        worst = max(worst, float((a - b).abs().max()))
-    return worst
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,20 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import GenerationConfig
 
     source, tokenizer = common.load_parent(args.parent)
-    prompts = fixed_prompts(tokenizer)
+    prompts = outputs.fixed_prompts(tokenizer)
     before = logits_of(source, prompts)
     common.align(source, tokenizer)
-    room = source.config.max_position_embeddings // 2
     source.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        max_new_tokens=min(MAX_NEW_TOKENS, room),
-        do_sample=False,
+        **outputs.generation_settings(tokenizer, source.config.max_position_embeddings)
     )
     common.save_model(source, args.parent, args.out)
     copy, _ = common.load_parent(args.out)
-    difference = largest_difference(before, logits_of(copy, prompts))
+    difference = outputs.largest_difference(before, logits_of(copy, prompts))
     parity = {
         "prompts": len(prompts),
         "tokens": sum(len(prompt) for prompt in prompts),

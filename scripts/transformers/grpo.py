@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import cli
+from scripts.lib import cli, outputs
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import GrpoRecipe
 from scripts.transformers import common
@@ -124,21 +124,22 @@ def main(argv: list[str] | None = None) -> int:
         return common.NOT_DONE
     common.align(model, tokenizer)
     common.save_model(model, args.parent, args.out)
-    common.write_metrics(
-        args.out / "metrics.jsonl",
-        trainer.state.log_history,
-        recipe.log_steps,
-        {
-            "reward": "reward",
-            "reward_std": "reward_std",
-            "loss": "loss",
-            "learning_rate": "lr",
-            "grad_norm": "grad_norm",
-            "completions/mean_length": "completion_tokens",
-            "entropy": "entropy",
-            "kl": "kl",
-        },
-    )
+    if common.is_writer():
+        outputs.write_metrics(
+            args.out / "metrics.jsonl",
+            trainer.state.log_history,
+            recipe.log_steps,
+            {
+                "reward": "reward",
+                "reward_std": "reward_std",
+                "loss": "loss",
+                "learning_rate": "lr",
+                "grad_norm": "grad_norm",
+                "completions/mean_length": "completion_tokens",
+                "entropy": "entropy",
+                "kl": "kl",
+            },
+        )
     return 0
 
 

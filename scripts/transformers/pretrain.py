@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.lib import cli
+from scripts.lib import cli, outputs
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import PretrainRecipe
 from scripts.transformers import common
@@ -182,13 +182,14 @@ def main(argv: list[str] | None = None) -> int:
     if not common.train(trainer, recipe, args, "loss"):
         return common.NOT_DONE
     common.save_model(model, args.tokenizer, args.out)
-    common.write_metrics(
-        args.out / "metrics.jsonl",
-        trainer.state.log_history,
-        recipe.log_steps,
-        {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"},
-        tokens_a_step=recipe.batch_size * recipe.sequence_length,
-    )
+    if common.is_writer():
+        outputs.write_metrics(
+            args.out / "metrics.jsonl",
+            trainer.state.log_history,
+            recipe.log_steps,
+            {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"},
+            tokens_a_step=recipe.batch_size * recipe.sequence_length,
+        )
     return 0
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import cli
+from scripts.lib import cli, outputs
 from scripts.lib.errors import DataError
 from scripts.lib.schema import SftRecipe
 from scripts.transformers import common
@@ -101,17 +101,18 @@ def main(argv: list[str] | None = None) -> int:
     if not common.train(trainer, recipe, args, "loss"):
         return common.NOT_DONE
     common.save_model(model, args.parent, args.out)
-    common.write_metrics(
-        args.out / "metrics.jsonl",
-        trainer.state.log_history,
-        recipe.log_steps,
-        {
-            "loss": "loss",
-            "learning_rate": "lr",
-            "grad_norm": "grad_norm",
-            "mean_token_accuracy": "token_accuracy",
-        },
-    )
+    if common.is_writer():
+        outputs.write_metrics(
+            args.out / "metrics.jsonl",
+            trainer.state.log_history,
+            recipe.log_steps,
+            {
+                "loss": "loss",
+                "learning_rate": "lr",
+                "grad_norm": "grad_norm",
+                "mean_token_accuracy": "token_accuracy",
+            },
+        )
     return 0
 
 

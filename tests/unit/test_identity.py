@@ -46,6 +46,16 @@ def test_every_package_a_stage_imports_is_part_of_its_identity(stage: str):
     assert imported <= set(spec.packages), f"add to {stage}: packages"
 
 
+@pytest.mark.parametrize("stage", [s.name for s in STAGES.values() if s.nvidia])
+def test_every_package_that_a_stage_of_nvidia_imports_counts(stage: str):
+    owners = {"megatron": {"megatron-core", "megatron-bridge"}}
+    names = identity.third_party_of(STAGES[stage].nvidia) - set(sys.stdlib_module_names)
+    imported: set[str] = set()
+    for name in names - NO_EFFECT - {"huggingface_hub", "pydantic"}:
+        imported |= owners.get(name, {name.replace("_", "-")})
+    assert imported <= set(STAGES[stage].nvidia_packages), f"add to {stage}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_shows_help_and_reads_neither_config_nor_build(stage: str):
     modules = identity.modules_of(STAGES[stage].script)

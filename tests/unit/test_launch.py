@@ -105,6 +105,39 @@ def test_without_slurm(launcher, placement, expected, monkeypatch):
     assert line(launcher, **placement) == [*expected, *WORDS]
 
 
+@pytest.mark.parametrize(
+    ("placement", "before", "after"),
+    [
+        ({}, [], []),
+        ({"processes": 3}, [], [*STANDALONE, "/env/python"]),
+        ({"processes": 3, "nodes": 2}, SRUN_2, [*LAUNCH, *TORCHRUN]),
+    ],
+)
+def test_with_an_engines_own_python(placement, before, after):
+    got = launch.command(
+        WORDS,
+        launcher="torchrun",
+        placement=PLACEMENT | placement,
+        work=Path("work/sft/x"),
+        environ={"PATH": os.environ["PATH"], **SLURM},
+        python="/env/python",
+    )
+    assert got == [*before, "/env/python", *after, *WORDS]
+
+
+def test_in_a_container_python_is_the_images(here):
+    got = launch.command(
+        WORDS,
+        launcher="torchrun",
+        placement=PLACEMENT | contained("apptainer", here),
+        work=Path("work/sft/x"),
+        environ={"PATH": os.environ["PATH"]},
+        python="/env/python",
+    )
+    assert "/env/python" not in got
+    assert got[-len(WORDS) - 1 :] == ["python", *WORDS]
+
+
 # ---- containers ----------------------------------------------------------------
 
 
@@ -190,7 +223,11 @@ def test_containers_get_the_scripts_variables_but_no_secret(here):
         "GOMP_SPINCOUNT": "1000",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_TOKEN": "secret",
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "NVTE_DEBUG": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": "/fast/i",
+        "TRITON_CACHE_DIR": "/fast/t",
         "LANG": "C",
     }
     values = {"PYTHONPATH": "/of/image", "A": "1,2 $x", "OMP_NUM_THREADS": "2"}
@@ -199,9 +236,13 @@ def test_containers_get_the_scripts_variables_but_no_secret(here):
         "env",
         "GOMP_SPINCOUNT=1000",
         "HF_HUB_DISABLE_TELEMETRY=1",
+        "NCCL_SOCKET_IFNAME=ib0",
+        "NVTE_DEBUG=1",
         "OMP_NUM_THREADS=2",
         "PYTHONPATH=/code:/of/image",
         "TOKENIZERS_PARALLELISM=false",
+        "TORCHINDUCTOR_CACHE_DIR=/fast/i",
+        "TRITON_CACHE_DIR=/fast/t",
         "PYTHONNOUSERSITE=1",
         "A=1,2 $x",
         "python",

@@ -1,0 +1,515 @@
+"""What the Megatron-Bridge trainers share: start, saves, resuming, signals, results.
+
+A save counts only with its marker, written after everything else: Bridge's own
+trackers are written before its last files. A run loads one save by its step, and goes
+on under other parallel sizes too.
+
+Every rank runs this. Rank 0 writes the marker and the model; the last rank, which has
+the loss under pipeline parallelism, writes the metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scripts.lib import cli, outputs
+from scripts.lib.errors import RecipeError, UserError
+from scripts.lib.progress import Progress
+from scripts.lib.schema import PARALLEL, Placement
+from scripts.nvidia import versions
+from scripts.nvidia.settings import CAPABILITY
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+STARTED = time.time()
+LOCK = Path("envs/nvidia.lock")
+MARKER = "whole.json"
+KERNELS = Path("work/kernels")
+WAIT = 3600.0
+"""Seconds that processes wait for each other: rank 0 writes and checks large models."""
+FLUSH_SECONDS = 2.0
+
+
+# --- the command line ----------------------------------------------------------
+
+
+def parser(doc: str | None, trains: bool = True) -> argparse.ArgumentParser:
+    """A stage's flags: every stage's, the parallel sizes, and --save-steps."""
+    flags = cli.parser(doc)
+    if trains:
+        flags.add_argument(
+            "--save-steps", type=int, default=100, help="steps between two saves"
+        )
+    for name in PARALLEL:
+        field = Placement.model_fields[name]
+        flags.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=truth if field.annotation in (bool, bool | None) else int,
+            default=field.default,
+            metavar="true|false" if "bool" in str(field.annotation) else "N",
+            help=field.description,
+        )
+    return flags
+
+
+def truth(text: str) -> bool:
+    """`true` or `false` of a command line."""
+    return {"true": True, "false": False}[text]
+
+
+def placement(args: argparse.Namespace) -> dict[str, Any]:
+    """The parallel flags' values."""
+    return {name: getattr(args, name) for name in PARALLEL}
+
+
+# --- start ---------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process among those that train together."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process writes the model and the markers."""
+    return rank() == 0
+
+
+def is_last() -> bool:
+    """Whether this process has the loss."""
+    return rank() == world_size() - 1
+
+
+def world_size() -> int:
+    """Processes that train together, as torchrun tells each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def prepare(precision: str | None = None) -> None:
+    """Set the environment up and check it, before anything slow is imported.
+
+    Kernels that Triton compiles and tunes, and Inductor's, stay in work/kernels, for
+    all stages and machines: they are keyed by source, version and GPU. Raises
+    UserError without a GPU, with packages of other versions, or for a precision that
+    the GPU lacks.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    kernels = KERNELS.absolute()
+    for name, folder in (
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("CUDA_CACHE_PATH", "cuda"),
+    ):
+        os.environ.setdefault(name, str(kernels / folder))
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    if "RANK" not in os.environ:
+        os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    wrong = versions.installed_problems(LOCK)
+    if wrong:
+        raise UserError(
+            str(LOCK),
+            "\n".join(["this environment has other versions:", *wrong]),
+            "use the container or the lock that envs/ describes",
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"engine nvidia on {socket.gethostname()}",
+            "no GPU is seen: CUDA says there is none",
+            "place the stage on a GPU (placement, gpus: 1); nvidia-smi shows them",
+        )
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local}", f"{torch.cuda.device_count()} GPUs are seen here"
+        )
+    torch.cuda.set_device(local)
+    need = CAPABILITY.get((precision or "").split("_")[0], (0, 0))
+    if torch.cuda.get_device_capability() < need:
+        raise RecipeError(
+            f"precision {precision}",
+            f"{torch.cuda.get_device_name()} has no such arithmetic: it needs compute "
+            f"capability {need[0]}.{need[1]}",
+            "choose bf16, or fp8_current on Hopper",
+        )
+    torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=WAIT))
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, in all processes; its error is raised in all."""
+    import torch
+
+    made: list[Any] = [None, None]
+    if is_first():
+        try:
+            made[0] = make()
+        except UserError as error:
+            made[1] = error.where, error.what, error.hint
+    torch.distributed.broadcast_object_list(made)
+    if made[1]:
+        raise UserError(*made[1])
+    return made[0]
+
+
+def free_port() -> str:
+    """A port that nobody listens on here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# --- models --------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            str(folder), f"holds no readable config.json: {error}", "name a model"
+        ) from error
+    return dict(config)
+
+
+LAYERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+"""NemotronH's layers as newer and older releases of Transformers write them."""
+
+
+def readable(folder: Path, work: Path) -> Path:
+    """A model folder whose config.json the installed Transformers can read.
+
+    Newer releases name NemotronH's layers otherwise. Raises UserError where this is
+    not what is wrong with it.
+    """
+    from transformers import AutoConfig
+
+    config = read_config(folder)
+    blocks = config.get("layers_block_type") or []
+    if not set(blocks) & {"linear_attention", "full_attention"}:
+        return folder
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return folder
+    except ValueError:
+        del config["layers_block_type"]
+    config["hybrid_override_pattern"] = "".join(LAYERS[block] for block in blocks)
+    copy = work / "parent"
+
+    def write() -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir(parents=True)
+        for path in folder.iterdir():
+            if path.name != "config.json":
+                (copy / path.name).symlink_to(path.absolute())
+        (copy / "config.json").write_text(json.dumps(config))
+
+    from_first(write)
+    return copy
+
+
+def check_tokens(tokenizer: Path, model: Path) -> None:
+    """Raise where the tokenizer has entries that the model has no embedding for."""
+    from transformers import AutoTokenizer
+
+    entries = len(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
+    size = read_config(model).get("vocab_size", entries)
+    if entries > size:
+        raise RecipeError(
+            str(model / "config.json"),
+            f"vocab_size {size}, but the tokenizer has {entries}",
+            "raise vocab_size in config.json, or take a smaller tokenizer",
+        )
+
+
+# --- saves ---------------------------------------------------------------------
+
+
+def contents(save: Path) -> dict[str, int]:
+    """Bytes of each file in a save but the marker, by name.
+
+    Sizes, not digests: with the optimizer a save is many times the model.
+    """
+    return {
+        str(path.relative_to(save)): path.stat().st_size
+        for path in sorted(save.rglob("*"))
+        if path.is_file() and not path.name.startswith(MARKER)
+    }
+
+
+def mark_whole(save: Path, step: int, base: str) -> None:
+    """Write a save's marker: what it holds, and the model it goes on from."""
+    files = contents(save)
+    temporary = save / (MARKER + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump({"step": step, "base": base, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(save / MARKER)
+
+
+def step_of(save: Path) -> int:
+    """The step in a save's name."""
+    return int(save.name.rpartition("_")[2])
+
+
+def newest_whole(saves: Path, base: str) -> int | None:
+    """The step of the newest whole save; what a kill left unfinished is removed.
+
+    Raises UserError for the save of another model, which this one is not to go on from.
+    """
+    for save in sorted(saves.glob("iter_*"), key=step_of, reverse=True):
+        try:
+            marked = json.loads((save / MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            marked = {}
+        if marked.get("files") == contents(save) and marked.get("step") == step_of(
+            save
+        ):
+            if marked.get("base") != base:
+                raise UserError(
+                    str(save),
+                    "was trained from another model, or with another adapter: "
+                    f"{marked.get('base')}, this run has {base}",
+                    "give another --work",
+                )
+            return step_of(save)
+        print(f"skipping {save.name}: not a whole save", flush=True)
+        shutil.rmtree(save)
+    return None
+
+
+def base_of(definition: Path, parent: Path | None, peft: Any) -> str:
+    """What a save can only be resumed with: the model's shape, its start, the adapter.
+
+    The weights are told by their files' headers and sizes, which takes no time.
+    """
+    import hashlib
+
+    digest = hashlib.sha256(
+        json.dumps(read_config(definition), sort_keys=True).encode()
+    )
+    for path in sorted((parent or definition).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + str(path.stat().st_size).encode())
+            digest.update(file.read(65536))
+    digest.update(repr(peft).encode())
+    return digest.hexdigest()[:16]
+
+
+class History:
+    """Loss, lr and gradient norm of each step, in work/steps.jsonl, flushed in lots."""
+
+    def __init__(self, work: Path) -> None:
+        self.path = work / "steps.jsonl"
+        self.waiting: list[dict[str, Any]] = []
+
+    def cut(self, step: int) -> None:
+        """Forget what came after the save that the run goes on from."""
+        kept = [entry for entry in self.read() if entry["step"] <= step]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All steps; a last line that a kill cut is left out."""
+        entries = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entries.append(json.loads(line))
+                except ValueError:
+                    break
+        return entries
+
+    def flush(self) -> None:
+        """Write what waits; the GPU's losses are fetched here, in one go."""
+        import torch
+
+        losses = [entry["loss"] for entry in self.waiting]
+        if losses:
+            values = torch.stack(losses).float().tolist()
+            for entry, loss in zip(self.waiting, values, strict=True):
+                entry["loss"] = loss
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self.waiting)
+            file.flush()
+            os.fsync(file.fileno())
+        self.waiting = []
+
+
+# --- training ------------------------------------------------------------------
+
+
+def train(
+    config: ConfigContainer,
+    recipe: Any,
+    args: argparse.Namespace,
+    base: str,
+    at_end: Callable[[list[Any]], None],
+) -> bool:
+    """Train to the recipe's last step, from the newest whole save if there is one.
+
+    `at_end` gets the trained model's chunks while its processes still hold it. Returns
+    False where SIGTERM, or a file `stop` in --work, stopped it sooner, after a save;
+    the step is then in `stopped`. Raises LossNotFinite, and NotDone where training ends
+    at another step. An exit code of 0 says nothing: Bridge exits so when stopped.
+    """
+    saves, history = args.work / "saves", History(args.work)
+
+    def find() -> int | None:
+        (args.work / outputs.STOPPED).unlink(missing_ok=True)
+        found = newest_whole(saves, base)
+        if found is None:
+            shutil.rmtree(saves, ignore_errors=True)
+        else:
+            print(f"resuming from step {found}", flush=True)
+        history.cut(found or 0)
+        return found
+
+    step = from_first(find)
+    config.checkpoint.ckpt_step = step
+    if step is None:
+        config.checkpoint.load = None
+
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    say_when("imports done")
+    watch = watcher(recipe, args, history, base, at_end)
+    stopped = False
+    try:
+        pretrain(config, forward_step, callbacks=[watch])
+    except SystemExit:
+        stopped = watch.step < recipe.steps
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        if watch.step:
+            raise
+        raise RecipeError(
+            str(args.recipe),
+            f"Megatron-Bridge refuses these settings: {error}",
+            "change the recipe, its overrides or the placement",
+        ) from error
+    if stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all processes shall exit alike
+        if is_first():
+            (args.work / outputs.STOPPED).write_text(str(watch.step))
+            print(f"stopped at step {watch.step} of {recipe.steps}, saved", flush=True)
+        return False
+    if watch.step != recipe.steps or not watch.ended:
+        raise outputs.NotDone(f"training ended at step {watch.step} of {recipe.steps}")
+    return True
+
+
+def say_when(what: str) -> None:
+    """Print how long after the process' start something happened."""
+    if is_first():
+        print(f"{what} {time.time() - STARTED:.1f} s after start", flush=True)
+
+
+def watcher(
+    recipe: Any,
+    args: argparse.Namespace,
+    history: History,
+    base: str,
+    at_end: Callable[[list[Any]], None],
+) -> Any:
+    """What Bridge calls at each step, at each save, and at the end."""
+    import torch
+    from megatron.bridge.training.callbacks import Callback
+
+    class Watch(Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.progress = Progress(args.work)
+            self.stop = args.work / outputs.STOP
+            self.step, self.ended = 0, False
+            self.flushed = time.monotonic()
+
+        def on_train_start(self, context: Any) -> None:
+            self.step = context.state.train_state.step
+            self.began = self.step
+            say_when("ready to train")
+
+        def on_train_step_end(self, context: Any) -> None:
+            # the loop counts the step after this
+            self.step = context.state.train_state.step + 1
+            if self.step <= self.began + 2:
+                say_when(f"step {self.step} done")
+            if is_first() and self.stop.exists():
+                os.kill(os.getpid(), signal.SIGTERM)  # all processes agree on it
+            if not is_last() or "lm loss" not in context.loss_dict:
+                return
+            history.waiting.append(
+                {
+                    "step": self.step,
+                    "loss": context.loss_dict["lm loss"].detach().reshape(()),
+                    "lr": context.optimizer.param_groups[0]["lr"],
+                    "grad_norm": context.grad_norm,
+                }
+            )
+            late = time.monotonic() - self.flushed > FLUSH_SECONDS
+            if self.step % recipe.log_steps == 0 or self.step == recipe.steps or late:
+                self.report()
+
+        def report(self) -> None:
+            last = history.waiting[-1] if history.waiting else None
+            history.flush()
+            self.flushed = time.monotonic()
+            if last is None:
+                return
+            if not abs(last["loss"]) < float("inf"):
+                raise outputs.LossNotFinite(last["step"], last["loss"])
+            self.progress.report(
+                last["step"], recipe.steps, loss=last["loss"], lr=last["lr"]
+            )
+
+        def on_checkpoint_save(self, context: Any) -> None:
+            if is_last():
+                self.report()
+            step = context.state.train_state.step
+            torch.distributed.barrier()  # the marker vouches for the steps, too
+            if is_first():
+                mark_whole(args.work / "saves" / f"iter_{step:07d}", step, base)
+
+        def on_train_end(self, context: Any) -> None:
+            self.step = context.state.train_state.step
+            if is_last():
+                self.report()
+            if self.step == recipe.steps:
+                at_end(context.model)
+                self.ended = True
+
+    return Watch()
+
+
+def write_metrics(args: argparse.Namespace, recipe: Any, tokens_a_step: int) -> None:
+    """Write metrics.jsonl beside the model, by the rank that writes the model."""
+    if is_first():
+        outputs.write_metrics(
+            args.out / "metrics.jsonl",
+            History(args.work).read(),
+            recipe.log_steps,
+            {"loss": "loss", "lr": "lr", "grad_norm": "grad_norm"},
+            tokens_a_step,
+        )
+
+
+def finish(code: int) -> int:
+    """Leave without the interpreter's long way out; all files are written."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

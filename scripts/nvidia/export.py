@@ -1,0 +1,77 @@
+"""Publish a checkpoint as a Hugging Face folder, checked by Megatron (GPUs).
+
+The parent's folder is loaded into Megatron and converted back: it must come out as the
+same bits, and both must answer fixed prompts alike.
+
+Reads   --parent  Hugging Face folder of a trainer
+        --recipe  YAML of one `export:` node
+Writes  --out     Hugging Face folder with generation settings for chat; parity.json:
+                  what was compared, the differences, the tolerance
+Raises  AttestError where the folder, read back, is or answers other than its source
+Resumes never: it takes minutes. The same parent gives the same bytes.
+
+    python -m scripts.nvidia.export --parent P --recipe R.yaml --out work/try
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scripts.lib import cli
+from scripts.lib.errors import AttestError
+from scripts.lib.schema import ExportRecipe
+from scripts.nvidia import common, settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage."""
+    flags = common.parser(__doc__, trains=False)
+    flags.add_argument("--parent", type=Path, required=True, help="model folder")
+    args = cli.parse(flags, argv)
+    cli.load_recipe(args.recipe, ExportRecipe)
+    common.prepare()
+    common.check_tokens(args.parent, args.parent)
+    parent = common.readable(args.parent, args.work)
+    import torch
+
+    from scripts.nvidia import convert
+
+    provider = settings.model_of(parent)
+    for name, field in settings.PARALLEL_FIELDS.items():
+        setattr(provider, field, getattr(args, name))
+    provider.sequence_parallel = args.tensor_parallel > 1
+    provider.gradient_accumulation_fusion = False
+    provider.bf16, provider.params_dtype = True, torch.bfloat16
+    provider.pipeline_dtype = torch.bfloat16
+    provider.finalize()
+    provider.initialize_model_parallel(seed=0)
+    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    from megatron.bridge import AutoBridge
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(parent, trust_remote_code=False)
+    AutoBridge.from_hf_config(config).load_hf_weights(model, str(parent))
+    convert.publish(
+        model, args.out, definition=parent, tokenizer=args.parent, generation=True
+    )
+
+    def changed() -> list[str]:
+        from safetensors import safe_open
+
+        names = convert.converted_names(parent)
+        tensors = (
+            (name, safe_open(path, "pt").get_tensor(name))
+            for name, path in names.items()
+        )
+        return convert.compare(tensors, args.out)
+
+    differs = common.from_first(changed)
+    if differs:
+        raise AttestError(
+            str(args.out), f"{', '.join(differs[:5])}: not the bits of {args.parent}"
+        )
+    return common.finish(0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

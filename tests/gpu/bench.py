@@ -1,0 +1,99 @@
+"""Steps a second inside the build against Bridge called bare, and start-up.
+
+    python -m tests.gpu.bench            prints a Markdown table
+
+Bare is Megatron-Bridge's `pretrain` with the same settings and none of ours: no
+callbacks, no saves but the last. Both run in turn, several times; each figure is the
+median of the iteration times that Bridge itself logs, first ones left out. Start-up is
+the time from a process' start to the end of its second step, on cold caches of kernels
+and on warm ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from tests.gpu.conftest import PYTHON, RECIPE, ROOT, once, write
+
+BARE = "tests.gpu.programs.bare"
+OURS = "scripts.nvidia.pretrain"
+TIMES = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+READY = re.compile(r"step 2 done ([\d.]+) s after start")
+IMPORTED = re.compile(r"imports done ([\d.]+) s after start")
+LEFT_OUT = 5
+
+
+def run(module: str, folder: Path, name: str, flags: list[str]) -> str:
+    """One run's log."""
+    log, work = folder / f"{name}.log", folder / f"{name}.work"
+    words = [PYTHON, "-m", module, "--out", str(folder / name), "--work", str(work)]
+    with open(log, "wb") as output:
+        subprocess.run(
+            [*words, *flags],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)},
+        )
+    return log.read_text(errors="replace")
+
+
+def main() -> int:
+    """Run all, print the table."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--pairs", type=int, default=3)
+    flags.add_argument("--steps", type=int, default=300)
+    args = flags.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    from tests.gpu import conftest
+
+    inputs = conftest.inputs.__wrapped__(folder)  # type: ignore[attr-defined]
+    recipe = write(folder / "recipe.yaml", RECIPE | {"steps": args.steps})
+    given = ["--recipe", str(recipe), "--model", str(ROOT / "config/models/tiny")]
+    given += ["--tokenizer", str(inputs / "tokenizer"), "--data", str(inputs / "blend")]
+    given += ["--micro-batch-size", "16", "--save-steps", "100000"]
+    kernels = ROOT / "work/kernels"
+    aside = once(folder, "aside", lambda _: None) / "kernels"
+    if kernels.exists():
+        shutil.move(kernels, aside)
+    start = []
+    for name in ("cold", "warm"):
+        text = run(OURS, folder, name, given)
+        found = [float(p.search(text)[1]) for p in (IMPORTED, READY)]  # type: ignore[index]
+        start.append((name, *found))
+    seconds: dict[str, list[float]] = {BARE: [], OURS: []}
+    for pair in range(args.pairs):
+        for module in (BARE, OURS) if pair % 2 else (OURS, BARE):
+            text = run(module, folder, f"{module}-{pair}", given)
+            times = [float(ms) for ms in TIMES.findall(text)][LEFT_OUT:]
+            seconds[module].append(median(times))
+    bare, ours = median(seconds[BARE]), median(seconds[OURS])
+    print("| what | bare Bridge | in the build | ratio |\n|---|---|---|---|")
+    print(
+        f"| ms a step, {args.steps} steps | {bare:.2f} | {ours:.2f} | {bare / ours:.3f} |"
+    )
+    print(
+        "\n| kernels | imports | second step done | after the imports |\n|---|---|---|---|"
+    )
+    for name, imported, ready in start:
+        print(
+            f"| {name} | {imported:.1f} s | {ready:.1f} s | {ready - imported:.1f} s |"
+        )
+    print(f"\n{seconds}", file=sys.stderr)
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
