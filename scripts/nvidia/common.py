@@ -207,7 +207,7 @@ def readable(folder: Path, work: Path) -> Path:
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return folder
-    except ValueError:
+    except Exception:  # each release raises another
         del config["layers_block_type"]
     config["hybrid_override_pattern"] = "".join(LAYERS[block] for block in blocks)
     copy = work / "parent"
@@ -361,11 +361,12 @@ def train(
     args: argparse.Namespace,
     base: str,
     at_end: Callable[[list[Any]], None],
+    at_start: Callable[[list[Any]], None] | None = None,
 ) -> bool:
     """Train to the recipe's last step, from the newest whole save if there is one.
 
-    `at_end` gets the trained model's chunks while its processes still hold it. Returns
-    False where SIGTERM, or a file `stop` in --work, stopped it sooner, after a save;
+    `at_start` gets the model's chunks before the first step, `at_end` the trained
+    model's while its processes still hold it. Returns False where SIGTERM, or a file `stop` in --work, stopped it sooner, after a save;
     the step is then in `stopped`. Raises LossNotFinite, and NotDone where training ends
     at another step. An exit code of 0 says nothing: Bridge exits so when stopped.
     """
@@ -390,7 +391,7 @@ def train(
     from megatron.bridge.training.pretrain import pretrain
 
     say_when("imports done")
-    watch = watcher(recipe, args, history, base, at_end)
+    watch = watcher(recipe, args, history, base, at_end, at_start)
     stopped = False
     try:
         pretrain(config, forward_step, callbacks=[watch])
@@ -427,6 +428,7 @@ def watcher(
     history: History,
     base: str,
     at_end: Callable[[list[Any]], None],
+    at_start: Callable[[list[Any]], None] | None,
 ) -> Any:
     """What Bridge calls at each step, at each save, and at the end."""
     import torch
@@ -442,6 +444,8 @@ def watcher(
         def on_train_start(self, context: Any) -> None:
             self.step = context.state.train_state.step
             self.began = self.step
+            if at_start is not None and self.step == 0:
+                at_start(context.model)
             say_when("ready to train")
 
         def on_train_step_end(self, context: Any) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.lib import outputs
-from scripts.lib.errors import AttestError
+from scripts.lib.errors import AttestError, RecipeError
 from scripts.nvidia import common
 
 if TYPE_CHECKING:
@@ -38,13 +38,12 @@ def publish(
     definition: Path,
     tokenizer: Path,
     peft: Any = None,
-    parent: Path | None = None,
     generation: bool = False,
 ) -> None:
     """Write a Hugging Face folder from Megatron's model chunks, checked.
 
-    All processes call this. With `peft` the adapter is written to adapter/ in PEFT's
-    form, and merged into the model. Raises AttestError, in all processes, where one of
+    All processes call this, and do not train on: an adapter is no longer beside its
+    base. It is written to adapter/ in PEFT's form, and merged into the model. Raises AttestError, in all processes, where one of
     the comparisons fails; parity.json holds what was seen.
     """
     import torch
@@ -58,34 +57,30 @@ def publish(
     words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     prompts = outputs.fixed_prompts(words)
     ours = logits(model, prompts)
-    bridge.save_hf_pretrained(model, out, show_progress=False)
     if peft is not None:
         bridge.save_hf_adapter(
             model,
             out / "adapter",
             peft,
-            base_model_name_or_path="..",
+            base_model_name_or_path="",
             show_progress=False,
         )
+    if type(peft).__name__ == "DoRA":
+        merge_dora(model, bridge, out / "adapter/adapter_model.safetensors")
+    bridge.save_hf_pretrained(model, out, show_progress=False)
     if common.is_first():
         write_configs(out, definition, words, generation)
         outputs.copy_tokenizer(tokenizer, out)
     torch.distributed.barrier()
 
     found: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(map(len, prompts))}
-    converted = bridge.export_hf_weights(model, cpu=True, show_progress=False)
-    found["differs_on_disk"] = compare(converted, out)
+    found["differs_on_disk"] = compare(tensors(bridge, model, True), out)
     bridge.load_hf_weights(model, str(out))
-    again = bridge.export_hf_weights(
-        model, cpu=True, show_progress=False, merge_adapter_weights=False
-    )
-    found["differs_after_round_trip"] = compare(again, out)
-    if peft is not None and parent is not None:
-        bridge.load_hf_weights(model, str(parent))  # the adapter is not merged here
+    found["differs_after_round_trip"] = compare(tensors(bridge, model, False), out)
 
     def judge() -> dict[str, Any]:
         found.update(agreement(ours, theirs_of(out, prompts)))
-        found["parameters"] = len(converted_names(out))
+        found["tensors"] = len(converted_names(out))
         return found
 
     verdict = common.from_first(judge)
@@ -101,6 +96,31 @@ def publish(
         )
     if problem:
         raise AttestError(str(out), problem)
+
+
+def check_start(model: list[Any], parent: Path) -> None:
+    """See that Megatron has read all of a parent, and as it is.
+
+    Bridge leaves weights that it finds no tensor for as they were made, at random.
+    Raises RecipeError, in all processes, naming the tensors.
+    """
+    from megatron.bridge import AutoBridge
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(parent, trust_remote_code=False)
+    bridge = AutoBridge.from_hf_config(config)
+    wrong = compare(tensors(bridge, model, False), parent, cast=True)
+
+    def judge() -> None:
+        if wrong:
+            raise RecipeError(
+                str(parent),
+                f"{', '.join(wrong[:5])}: not what Megatron has read",
+                "see that its tensors have the names that were released; a folder that "
+                "Transformers 5.8 wrote of a NemotronH has `embedding` for `embeddings`",
+            )
+
+    common.from_first(judge)
 
 
 def refusal(found: dict[str, Any]) -> str:
@@ -139,6 +159,74 @@ def write_configs(out: Path, definition: Path, words: Any, generation: bool) -> 
 # --- tensors -------------------------------------------------------------------
 
 
+def tensors(bridge: Any, model: list[Any], merge: bool) -> Iterator[tuple[str, Any]]:
+    """Megatron's tensors in Hugging Face's form, an adapter's bases with it or without.
+
+    All processes take them all.
+    """
+    for name, tensor in bridge.export_hf_weights(
+        model, cpu=True, show_progress=False, merge_adapter_weights=merge
+    ):
+        yield name.replace(".base_layer.", "."), tensor
+
+
+def merge_dora(model: list[Any], bridge: Any, adapter: Path) -> None:
+    """Put DoRA's weights in place of its bases; add the magnitudes to the adapter's file.
+
+    W' = m (W + s B A) / |W + s B A|, by rows: megatron/bridge/peft/dora_layers.py.
+    Bridge's own export leaves m out (0.6.2). Each row of a Megatron tensor is a row of
+    one of Hugging Face's, so a tensor that holds m in all columns tells m's place there.
+    Then B is 0, so that exports of merged weights add nothing.
+    """
+    import torch
+    from megatron.bridge.peft.dora_layers import DoRALinear
+
+    layers = [
+        m for chunk in model for m in chunk.modules() if isinstance(m, DoRALinear)
+    ]
+    merged = []
+    with torch.no_grad():
+        for layer in layers:
+            weight, low = layer.to_wrap.weight, layer.adapter
+            change = low.linear_out.weight.float() @ low.linear_in.weight.float()
+            whole = weight.float() + layer.scaling * change
+            rows = low.get_weight_magnitude().float()[:, None]
+            merged.append((whole * rows / whole.norm(dim=1, keepdim=True)).to(weight))
+            weight.copy_(rows.expand_as(weight))
+        bases = base_names(bridge, model)
+        columns = {
+            name: tensor[:, 0].clone()
+            for name, tensor in tensors(bridge, model, False)
+            if name in bases
+        }
+        for layer, weight in zip(layers, merged, strict=True):
+            layer.to_wrap.weight.copy_(weight)
+            layer.adapter.linear_out.weight.zero_()
+    if common.is_first():
+        add_magnitudes(adapter, columns)
+
+
+def base_names(bridge: Any, model: list[Any]) -> set[str]:
+    """Hugging Face's names of the weights that have an adapter."""
+    ending = ".lora_A.weight"
+    return {
+        found.param_name.removesuffix(ending) + ".weight"
+        for found in bridge.export_adapter_weights(model, cpu=True, show_progress=False)
+        if found.param_name.endswith(ending)
+    }
+
+
+def add_magnitudes(path: Path, magnitudes: dict[str, Any]) -> None:
+    """Add DoRA's magnitudes to an adapter, under the names that PEFT gives them."""
+    from safetensors.torch import load_file, save_file
+
+    adapter = load_file(path)
+    for name, rows in magnitudes.items():
+        module = name.removesuffix(".weight")
+        adapter[f"base_model.model.{module}.lora_magnitude_vector"] = rows.contiguous()
+    save_file(adapter, path, {"format": "pt"})
+
+
 def converted_names(folder: Path) -> dict[str, Path]:
     """{tensor: file} of a folder's safetensors."""
     from safetensors import safe_open
@@ -150,10 +238,11 @@ def converted_names(folder: Path) -> dict[str, Path]:
     return names
 
 
-def compare(tensors: Iterator[Any], folder: Path) -> list[str]:
+def compare(tensors: Iterator[Any], folder: Path, cast: bool = False) -> list[str]:
     """Names of the tensors that are not bit for bit what a folder holds.
 
-    Every process has to take all of `tensors`; rank 0 compares.
+    With `cast`, what it holds in our tensor's dtype. Every process has to take all of
+    `tensors`; rank 0 compares.
     """
     import torch
     from safetensors import safe_open
@@ -171,6 +260,8 @@ def compare(tensors: Iterator[Any], folder: Path) -> list[str]:
         with safe_open(there[name], "pt") as file:
             stored = file.get_tensor(name)
         ours = tensor.cpu().contiguous()
+        if cast:
+            stored = stored.to(ours.dtype)
         same = stored.dtype == ours.dtype and stored.shape == ours.shape
         if not same or not torch.equal(
             stored.view(torch.uint8), ours.view(torch.uint8)

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, field in settings.PARALLEL_FIELDS.items():
         setattr(provider, field, getattr(args, name))
     provider.sequence_parallel = args.tensor_parallel > 1
-    provider.gradient_accumulation_fusion = False
+    settings.use_kernels(provider)
     provider.bf16, provider.params_dtype = True, torch.bfloat16
     provider.pipeline_dtype = torch.bfloat16
     provider.finalize()

@@ -102,11 +102,9 @@ SHAPE = [
 ]
 """Fields of a model's section that its definition decides, not a recipe."""
 
-ADAPTED = [
-    *("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
-    *("in_proj", "out_proj"),
-]
-"""Megatron's names of what LoRA adapts: attention, MLP, Mamba."""
+ADAPTED = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj"]
+"""Megatron's names of what LoRA adapts: attention, MLP, Mamba. Not Mamba's out_proj,
+which PEFT refuses to load: its fused kernel would pass an adapter by."""
 
 
 def configure(
@@ -128,7 +126,6 @@ def configure(
     """
     from megatron.bridge.recipes import common as recipes
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
-    from megatron.core.transformer.enums import AttnBackend
 
     peft: Peft | None = getattr(recipe, "peft", None)
     model = model_of(definition)
@@ -146,14 +143,14 @@ def configure(
     wished = placement["sequence_parallel"]
     several = placement["tensor_parallel"] > 1
     model.sequence_parallel = several if wished is None else wished
-    if not has_module("fused_weight_gradient_mlp_cuda"):
-        model.gradient_accumulation_fusion = False  # a kernel of Apex
-    if not has_flash() and "flash" in str(model.attention_backend):
-        model.attention_backend = AttnBackend.auto  # cuDNN's fused kernels
+    use_kernels(model)
 
     config.mixed_precision = get_mixed_precision_config(
         PRECISIONS[recipe.precision or "bf16"]
     )
+    # weights that are kept in 8 bits could not be published as they are
+    config.mixed_precision.fp8_param_gather = False
+    config.mixed_precision.reuse_grad_buf_for_mxfp8_param_ag = False
     model.pipeline_dtype = config.mixed_precision.params_dtype
     config.train.train_iters = recipe.steps
     config.train.global_batch_size = recipe.batch_size
@@ -207,6 +204,16 @@ def has_flash() -> bool:
     return has_module("flash_attn") or has_module("flash_attn_3")
 
 
+def use_kernels(model: Any) -> None:
+    """Turn off what the installed packages have no kernels for."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    if not has_module("fused_weight_gradient_mlp_cuda"):
+        model.gradient_accumulation_fusion = False  # it is Apex's
+    if not has_flash() and "flash" in str(model.attention_backend):
+        model.attention_backend = AttnBackend.auto  # cuDNN's fused kernels
+
+
 def model_of(definition: Path) -> Any:
     """The provider of the model that a folder's config.json defines."""
     from megatron.bridge import AutoBridge
@@ -214,9 +221,8 @@ def model_of(definition: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(definition, trust_remote_code=False)
-        provider = AutoBridge.from_hf_config(config).to_megatron_provider(
-            load_weights=False
-        )
+        bridge = AutoBridge.from_hf_config(config)
+        return bridge.to_megatron_provider(load_weights=False)
     except (ValueError, NotImplementedError) as error:
         first = str(error).strip().splitlines()[0]
         raise RecipeError(
@@ -224,9 +230,6 @@ def model_of(definition: Path) -> Any:
             f"Megatron-Bridge cannot map it: {first}",
             "choose an architecture that it lists: AutoBridge.list_supported_models()",
         ) from error
-    if "E" not in (getattr(provider, "hybrid_layer_pattern", None) or "E"):
-        provider.num_moe_experts = None  # NemotronHConfig has 8 by default
-    return provider
 
 
 def named(name: str, definition: Path) -> ConfigContainer:
@@ -238,7 +241,9 @@ def named(name: str, definition: Path) -> ConfigContainer:
         known = [n for n in dir(recipes) if n.endswith("_config")]
         near = difflib.get_close_matches(name, known, 3)
         raise RecipeError(
-            f"recipe {name}", "no such recipe", f"near to it: {', '.join(near) or 'none'}"
+            f"recipe {name}",
+            "no such recipe",
+            f"near to it: {', '.join(near) or 'none'}",
         )
     with models_from(definition):
         return function()

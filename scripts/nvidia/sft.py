@@ -137,11 +137,15 @@ def main(argv: list[str] | None = None) -> int:
             definition=parent,
             tokenizer=source,
             peft=config.peft,
-            parent=parent,
         )
 
+    def check(model: list[Any]) -> None:
+        from scripts.nvidia import convert
+
+        convert.check_start(model, parent)
+
     base = common.base_of(parent, parent, recipe.peft)
-    if not common.train(config, recipe, args, base, publish):
+    if not common.train(config, recipe, args, base, publish, check):
         return common.finish(cli.NOT_DONE)
     common.write_metrics(args, recipe, 0)
     return common.finish(0)
