@@ -2,6 +2,7 @@
 # make help     everything else
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV ?= .venv
 CONFIG ?= config/config.yaml
 PROFILE ?= local
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 export PIPELINE_CONFIG := $(CONFIG)
 
-.PHONY: help env export plan dag doctor status chat check test cluster docs
+.PHONY: help env env-nvidia export plan dag doctor status chat check test cluster gpu bench-gpu docs
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +34,16 @@ $(DEV): envs/dev.lock $(READY)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/megatron.lock
 	@touch $@
+
+env-nvidia: ## the GPU engine's own environment: Python 3.12, CUDA's compiler, 45 minutes
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+	  { echo "error: $(PYTHON312) is not 3.12; name one: make env-nvidia PYTHON312=..." >&2; exit 1; }
+	@command -v nvcc > /dev/null || \
+	  { echo "error: no nvcc, which three packages are compiled with; or use envs/nvidia.Dockerfile" >&2; exit 1; }
+	$(PYTHON312) -m venv .venv-nvidia
+	.venv-nvidia/bin/python -m pip install --quiet $$(grep -E '^(torch|setuptools|ninja)==' envs/nvidia.lock)
+	.venv-nvidia/bin/python -m pip install --quiet --no-deps --no-build-isolation -r envs/nvidia.lock
+	.venv-nvidia/bin/python -m scripts.nvidia.versions envs/nvidia.lock
 
 export: $(READY) ## build the model: tokenize … export, eval, report
 	@snakemake --profile $(PROFILE) export
@@ -65,6 +76,12 @@ test: check ## everything: also the trainers, the real chain, a real Slurm
 
 cluster: $(DEV) ## on a real Slurm of this machine: the chain, and each fault
 	pytest -q tests/cluster
+
+gpu: $(DEV) ## the engine nvidia on this machine's GPUs; without one it says so
+	pytest -q -rs -n 8 tests/gpu
+
+bench-gpu: $(DEV) ## steps a second against Megatron-Bridge called bare, and start-up
+	python -m tests.gpu.bench
 
 docs: $(DEV) ## write what is generated: the README's config reference, dvc.yaml
 	@python -m scripts.lib.docs README.md

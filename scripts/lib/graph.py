@@ -515,7 +515,8 @@ class _Builder:
         if self.cluster:
             self.check_machine(self.cluster, placed, refuse)
             container = self.cluster.container.model_dump()
-            container["image"] = result.pop("image") or container["image"]
+            for key in ("image", "runtime"):
+                container[key] = result.pop(key) or container[key]
             result["container"] = container
         return result
 
@@ -541,6 +542,7 @@ class _Builder:
             getattr(settings, "batch_size", None),
             length,
             getattr(settings, "precision", None),
+            settings.peft.method if getattr(settings, "peft", None) else None,
         ):
             if key in Placement.model_fields:
                 raise refuse(key, what, hint)

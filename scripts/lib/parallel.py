@@ -40,6 +40,7 @@ def problems(
     batch_size: int | None = None,
     sequence_length: int | None = None,
     precision: str | None = None,
+    peft: str | None = None,
 ) -> list[Problem]:
     """What Megatron would refuse of a node, the cause before what follows from it.
 
@@ -52,6 +53,7 @@ def problems(
         found += _of_sequence(stage, placed, sequence_length)
         found += _of_model(stage, placed, model) if model else []
         found += _of_precision(placed, model, precision)
+        found += _of_adapter(placed, peft)
     return found
 
 
@@ -252,7 +254,7 @@ def _of_matrices(placed: Placement, model: dict[str, Any]) -> Iterator[Problem]:
             f"{groups}",
             f"tensor_parallel of {divisors(groups)}",
         )
-    names = ["intermediate_size"] if layers.may_have("mlp") else []
+    names = ["vocab_size"] + ["intermediate_size"] * layers.may_have("mlp")
     names += ["moe_shared_expert_intermediate_size"] if num_experts(model) else []
     for name in names:
         if model.get(name) and model[name] % tensor:
@@ -331,6 +333,17 @@ def _of_layers(placed: Placement, model: dict[str, Any]) -> Iterator[Problem]:
             key,
             f"{layers.total} layers do not divide among {what}",
             f"{key} of {divisors(fitting)}",
+        )
+
+
+def _of_adapter(placed: Placement, peft: str | None) -> Iterator[Problem]:
+    """DoRA's norms are those of whole rows (megatron/bridge/peft/dora_layers.py)."""
+    if peft == "dora" and placed.tensor_parallel > 1:
+        yield (
+            "tensor_parallel",
+            f"{placed.tensor_parallel}, but Megatron-Bridge takes the norms of DoRA "
+            "from one GPU's part of a weight",
+            "tensor_parallel: 1, or peft.method: lora",
         )
 
 

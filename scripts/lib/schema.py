@@ -437,6 +437,11 @@ class ClusterPlacement(Placement):
     image: str | None = Field(
         None, description="Container image, where it is not `container.image`."
     )
+    runtime: Literal["none", "apptainer", "pyxis"] | None = Field(
+        None,
+        description="Container runtime, where it is not `container.runtime`: one "
+        "engine's stages may run in an image, the others' outside.",
+    )
 
 
 class Container(Strict):

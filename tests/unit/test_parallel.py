@@ -125,3 +125,21 @@ def test_what_megatron_would_refuse_is_named(model, given, key, said):
     (where, what, hint), *_ = found(model, **given)
     assert where == key
     assert said in f"{what}; {hint}"
+
+
+def test_dora_needs_whole_rows():
+    ((key, what, hint),) = problems(
+        "sft",
+        ClusterPlacement.model_validate({"gpus": 2, "tensor_parallel": 2}),
+        DENSE,
+        64,
+        4096,
+        None,
+        "dora",
+    )
+    assert key == "tensor_parallel" and "norms of DoRA" in what and "lora" in hint
+
+
+def test_an_embedding_that_does_not_divide_is_named():
+    ((key, what, _),) = found(DENSE | {"vocab_size": 50257}, tensor_parallel=2)
+    assert key == "tensor_parallel" and "vocab_size 50257" in what
