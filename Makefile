@@ -18,7 +18,7 @@ export PIPELINE_CONFIG := $(CONFIG)
 .PHONY: help env env-nvidia export plan dag doctor status chat check test cluster gpu bench-gpu docs
 
 help: ## show this
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 env: $(READY) ## create the environment from its lock
 

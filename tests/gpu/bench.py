@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from tests.gpu.conftest import PYTHON, RECIPE, ROOT, once, write
+from tests.gpu.conftest import PYTHON, RECIPE, ROOT, make_inputs, once, write
 
 BARE = "tests.gpu.programs.bare"
 OURS = "scripts.nvidia.pretrain"
@@ -56,9 +56,7 @@ def main() -> int:
     flags.add_argument("--steps", type=int, default=300)
     args = flags.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    from tests.gpu import conftest
-
-    inputs = conftest.inputs.__wrapped__(folder)  # type: ignore[attr-defined]
+    inputs = once(folder, "inputs", make_inputs)
     recipe = write(folder / "recipe.yaml", RECIPE | {"steps": args.steps})
     given = ["--recipe", str(recipe), "--model", str(ROOT / "config/models/tiny")]
     given += ["--tokenizer", str(inputs / "tokenizer"), "--data", str(inputs / "blend")]

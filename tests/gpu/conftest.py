@@ -248,42 +248,39 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-@pytest.fixture(scope="session")
-def inputs(shared: Path) -> Path:
+def make_inputs(root: Path) -> None:
     """Tokenizer, blend and packed chats, as a build makes them."""
 
-    def make(root: Path) -> None:
-        def stage(
-            main: Callable[..., int], name: str, recipe: object, *flags: str
-        ) -> None:
-            file = write(root / f"{name}.yaml", recipe)
-            argv = ["--recipe", str(file), "--out", str(root / name), *flags]
-            assert main(argv) == 0
+    def stage(main: Callable[..., int], name: str, recipe: object, *flags: str) -> None:
+        file = write(root / f"{name}.yaml", recipe)
+        argv = ["--recipe", str(file), "--out", str(root / name), *flags]
+        assert main(argv) == 0
 
-        def rows(name: str) -> str:
-            return f"{name}={root / name / 'rows.jsonl'}"
+    def rows(name: str) -> str:
+        return f"{name}={root / name / 'rows.jsonl'}"
 
-        for name, kind, count in (
-            ("corpus", "documents", 8000),
-            ("chat", "chats", 6000),
-        ):
-            stage(
-                generate.main, name, {"kind": kind, "count": count, "max_operand": 49}
-            )
-        template = str(ROOT / "config/models/tiny/chat_template.jinja")
-        stage(
-            tokenizer.main,
-            "tokenizer",
-            {"vocab_size": 512, "sources": {"corpus": {}}},
-            *("--data", rows("corpus"), "--chat-template", template),
-        )
-        ready = ["--tokenizer", str(root / "tokenizer")]
-        blend = {"sources": {"corpus": {}}}
-        stage(tokenize.main, "blend", blend, *ready, "--data", rows("corpus"))
-        packed = {"sequence_length": 256, "sources": {"chat": {}}}
-        stage(pack.main, "packed", packed, *ready, "--data", rows("chat"))
+    for name, kind, count in (
+        ("corpus", "documents", 8000),
+        ("chat", "chats", 6000),
+    ):
+        stage(generate.main, name, {"kind": kind, "count": count, "max_operand": 49})
+    template = str(ROOT / "config/models/tiny/chat_template.jinja")
+    stage(
+        tokenizer.main,
+        "tokenizer",
+        {"vocab_size": 512, "sources": {"corpus": {}}},
+        *("--data", rows("corpus"), "--chat-template", template),
+    )
+    ready = ["--tokenizer", str(root / "tokenizer")]
+    blend = {"sources": {"corpus": {}}}
+    stage(tokenize.main, "blend", blend, *ready, "--data", rows("corpus"))
+    packed = {"sequence_length": 256, "sources": {"chat": {}}}
+    stage(pack.main, "packed", packed, *ready, "--data", rows("chat"))
 
-    return once(shared, "inputs", make)
+
+@pytest.fixture(scope="session")
+def inputs(shared: Path) -> Path:
+    return once(shared, "inputs", make_inputs)
 
 
 @pytest.fixture
