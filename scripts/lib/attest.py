@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import struct
 from pathlib import Path
@@ -36,12 +37,14 @@ def attest(stage: str, recipe: dict[str, Any], out: Path, parent: Path | None) -
             raise AttestError(str(out), "no weights: there is no .safetensors file")
         _check_step(out.parent / "metrics.jsonl", recipe["steps"])
     if stage in ("sft", "grpo") and parent is not None:
-        before = {p.name: p for p in parent.glob("*.safetensors")}
-        if all(
-            p.name in before and p.read_bytes() == before[p.name].read_bytes()
-            for p in weights
-        ):
+        model = sorted(out.glob("*.safetensors"))
+        if all(same_bytes(p, parent / p.name) for p in model):
             raise AttestError(str(out), f"training left the weights of {parent} as is")
+
+
+def same_bytes(path: Path, other: Path) -> bool:
+    """Whether two files hold the same; read by blocks."""
+    return other.is_file() and filecmp.cmp(path, other, shallow=False)
 
 
 def _load_json(path: Path) -> Any:

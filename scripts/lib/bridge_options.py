@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from scripts.lib.load import nearest
+from scripts.lib.megatron import SHAPE
 
 OPTIONS = Path(__file__).parents[2] / "envs" / "nvidia-options.json"
 
 DECIDED = "the build decides where and when"
+PUBLISHED = "what is published is in bfloat16"
 OF_PRECISION = "set `precision` of the node"
 OF_TOKENIZER = "a node's tokenizer follows from its data"
 OF_DATA = "set `data` of the node"
@@ -74,11 +76,17 @@ OWNED: tuple[tuple[str, str], ...] = (
     ("checkpoint.non_persistent_*", DECIDED),
     ("checkpoint.most_recent_k", DECIDED),
     ("checkpoint.*hf_*", "add an `export:` node"),
+    ("checkpoint.ckpt_format", DECIDED),
+    ("checkpoint.ckpt_assume_constant_structure", DECIDED),
+    ("checkpoint.custom_manager_class", DECIDED),
+    ("dist.use_decentralized_pg", DECIDED),
+    ("*.use_megatron_fsdp", DECIDED),
+    ("dist.use_torch_fsdp2", DECIDED),
     ("dataset.blend*", OF_DATA),
     ("dataset.data_path", OF_DATA),
     ("dataset.dataset_root", OF_DATA),
     ("dataset.hf_*", OF_DATA),
-    ("dataset.split", OF_DATA),
+    ("dataset.dataloader_type", DECIDED),
     ("dataset.path_to_cache", DECIDED),
     ("dataset.object_storage_cache_path", DECIDED),
     ("dataset.per_dataset_sequences_path", OF_DATA),
@@ -107,6 +115,10 @@ OWNED: tuple[tuple[str, str], ...] = (
     ("model.fp4_recipe", OF_PRECISION),
     ("optimizer.bf16", OF_PRECISION),
     ("optimizer.fp16", OF_PRECISION),
+    ("mixed_precision.params_dtype", OF_PRECISION),
+    ("mixed_precision.*_param", PUBLISHED),
+    ("mixed_precision.*_param_gather", PUBLISHED),
+    ("ddp.*_param_gather", PUBLISHED),
     ("mixed_precision.bf16", OF_PRECISION),
     ("mixed_precision.fp16", OF_PRECISION),
     ("mixed_precision.fp32", OF_PRECISION),
@@ -120,37 +132,6 @@ OWNED: tuple[tuple[str, str], ...] = (
     ("peft.target_modules", "set `peft.target_modules` of the node"),
 )
 """Settings that the build makes itself, and where each of them is set instead."""
-
-SHAPE = {
-    "add_bias_linear",
-    "add_qkv_bias",
-    "ffn_hidden_size",
-    "gated_linear_unit",
-    "hidden_size",
-    "hybrid_layer_pattern",
-    "hybrid_override_pattern",
-    "kv_channels",
-    "layernorm_epsilon",
-    "mamba_head_dim",
-    "mamba_num_groups",
-    "mamba_num_heads",
-    "mamba_state_dim",
-    "moe_ffn_hidden_size",
-    "moe_latent_size",
-    "moe_router_topk",
-    "moe_shared_expert_intermediate_size",
-    "mtp_num_layers",
-    "normalization",
-    "num_attention_heads",
-    "num_layers",
-    "num_moe_experts",
-    "num_query_groups",
-    "position_embedding_type",
-    "qk_layernorm",
-    "rotary_base",
-    "share_embeddings_and_output_weights",
-}
-"""Fields of the model that Hugging Face's config.json decides, and an export repeats."""
 
 PLAIN: dict[str, tuple[type, ...]] = {
     "bool": (bool,),

@@ -1,9 +1,9 @@
-"""Write what is generated into a Markdown file: the graph and the config reference.
+"""Write what is generated into a Markdown file: graph, versions, config reference.
 
     python -m scripts.lib.docs README.md
 
 It replaces what stands between the lines `<!-- graph -->` and `<!-- end of graph -->`,
-and between `<!-- reference -->` and `<!-- end of reference -->`.
+and so with `versions` and `reference`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from scripts.lib import cli, graph
+from scripts.lib import cli, graph, identity
 from scripts.lib.errors import UserError
 from scripts.lib.plan import DEFAULT
 from scripts.lib.schema import (
@@ -33,6 +33,7 @@ from scripts.lib.schema import (
     Task,
 )
 from scripts.lib.stages import STAGES
+from scripts.nvidia.versions import table as of_lock
 
 
 def kind_of(annotation: Any) -> str:
@@ -130,6 +131,11 @@ def mermaid() -> str:
     return "\n".join(["```mermaid", "graph LR", *lines, "```"])
 
 
+def versions() -> str:
+    """What the engine nvidia was tried with, as its lock says."""
+    return of_lock(identity.LOCKS["nvidia"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write or check the file."""
     flags = argparse.ArgumentParser(
@@ -140,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse_args(argv)
     text = args.file.read_text()
     new = text
-    for name, write in (("graph", mermaid), ("reference", reference)):
+    written = (("graph", mermaid), ("versions", versions), ("reference", reference))
+    for name, write in written:
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, found, rest = new.partition(start)
         _, ended, after = rest.partition(end)

@@ -458,6 +458,10 @@ class _Builder:
             return
         from scripts.lib import bridge_options
 
+        if getattr(settings, "seed", 1) < 1:
+            raise self.error(
+                (*key, "seed"), f"{settings.seed}, but Megatron takes 1 and above"
+            )
         if "recipe" in given and (
             found := bridge_options.check_recipe(settings.recipe)
         ):

@@ -22,7 +22,10 @@ LOCKS: dict[Engine, Path] = {
 }
 
 NEUTRAL = {f"scripts.lib.{name}" for name in ("cli", "errors", "progress", "schema")}
-"""Modules that cannot change a result: the recipe they check is identity itself."""
+NEUTRAL |= {"scripts.nvidia.parity"}
+"""Modules that cannot change a result: the recipe they check is identity itself, and a
+check decides whether something is published, not what.
+"""
 
 
 def _file_of(module: str) -> Path | None:

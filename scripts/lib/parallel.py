@@ -53,7 +53,7 @@ def problems(
         found += _of_sequence(stage, placed, sequence_length)
         found += _of_model(stage, placed, model) if model else []
         found += _of_precision(placed, model, precision)
-        found += _of_adapter(placed, peft)
+        found += _of_adapter(placed, model, peft)
     return found
 
 
@@ -336,8 +336,16 @@ def _of_layers(placed: Placement, model: dict[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _of_adapter(placed: Placement, peft: str | None) -> Iterator[Problem]:
+def _of_adapter(
+    placed: Placement, model: dict[str, Any] | None, peft: str | None
+) -> Iterator[Problem]:
     """DoRA's norms are those of whole rows (megatron/bridge/peft/dora_layers.py)."""
+    if peft == "dora" and model and num_experts(model):
+        yield (
+            "peft",
+            "Megatron-Bridge has no DoRA for a model with experts",
+            "peft.method: lora",
+        )
     if peft == "dora" and placed.tensor_parallel > 1:
         yield (
             "tensor_parallel",

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -523,6 +524,14 @@ class Job:
             said = lines[errors[-1] :]
             end = next((i for i, x in enumerate(said) if LAUNCHER_SAYS.match(x)), None)
             raise UserError(self.node.id, "\n".join(said[:end]).removeprefix("error: "))
+        if any("CUDA out of memory" in line for line in lines):
+            key = f"{self.node.stage}.{self.node.name}"
+            raise UserError(
+                self.node.id,
+                "the GPU's memory is full",
+                f"placement.{key}: a smaller micro_batch_size, a larger tensor_parallel "
+                f"or pipeline_parallel; or recompute activations; the log is {log}",
+            )
         if code == -signal.SIGKILL or any(map(OUT_OF_MEMORY.search, lines)):
             placed, key = self.node.placement, f"{self.node.stage}.{self.node.name}"
             raise UserError(
@@ -543,6 +552,8 @@ class Job:
     def provenance(self, began: datetime) -> dict[str, Any]:
         node = self.node
         seconds = json.loads((self.work / "seconds.json").read_text())
+        seen = self.work / "environment.json"  # by a script with a Python of its own
+        its = json.loads(seen.read_text()) if seen.exists() else {}
         gpus = node.placement["gpus"] * node.placement["nodes"]
         locks = [identity.LOCKS["transformers"], identity.LOCKS[node.engine]]
         return {
@@ -562,6 +573,7 @@ class Job:
             "host": socket.gethostname(),
             "machine": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
+            **its,
             "started": began.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
@@ -684,6 +696,13 @@ def interpreter(node: Node) -> str:
         return str(path)
     if PYTHON_OF_NVIDIA.exists():
         return os.path.abspath(PYTHON_OF_NVIDIA)
+    if runtime == "none" and importlib.util.find_spec("megatron") is None:
+        raise UserError(
+            node.id,
+            "no Python with Megatron-Bridge: no container, no placement.python, no "
+            f"{PYTHON_OF_NVIDIA}, and this one has none",
+            "make env-nvidia; or build envs/nvidia.def and set container.runtime",
+        )
     return sys.executable
 
 

@@ -212,8 +212,7 @@ class Peft(Strict):
     dropout: Fraction = Field(0.0, description="Share of its inputs dropped.")
     target_modules: Names | None = Field(
         None,
-        description="Megatron's linear layers. Default: all of attention, Mamba and "
-        "MLP.",
+        description="Megatron's linear layers. Default: those of attention and MLP.",
     )
 
 
@@ -339,7 +338,9 @@ class Placement(Strict):
 
     That holds for the sizes by which Megatron splits a model and its batch over GPUs
     too: they change where a sum is computed, not what is trained, and a save made with
-    some is loaded with others.
+    some is loaded with others. The draw of a new model's weights does differ with them,
+    as it does with a seed; and so does a balancing loss of experts that is taken by
+    micro-batch (`aux_loss`) with `micro_batch_size`.
     """
 
     cpus: Positive = Field(1, description="CPU cores a machine.")

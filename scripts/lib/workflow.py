@@ -147,6 +147,7 @@ class Workflow:
                     f"run this in the project's folder: cd {Path.cwd()}",
                 )
             self.store.hold()
+            self.check_engines()
             if self.cluster:
                 doctor.preflight(self.store, self.cluster)
         except Exception as error:  # Snakemake would say nothing of it
@@ -156,6 +157,13 @@ class Workflow:
                 traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)
+
+    def check_engines(self) -> None:
+        """Raise where a node that will run has no Python to run with."""
+        from scripts.lib.run import interpreter
+
+        for id in plan.stale(self.store):
+            interpreter(self.store.graph.nodes[id])
 
     def fail(self) -> None:
         """Say what is not built, and how to go on."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -28,7 +30,7 @@ from scripts.lib.errors import RecipeError, UserError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import PARALLEL, Placement
 from scripts.nvidia import versions
-from scripts.nvidia.settings import CAPABILITY
+from scripts.nvidia.settings import CAPABILITY, PARALLEL_FIELDS
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -37,9 +39,18 @@ STARTED = time.time()
 LOCK = Path("envs/nvidia.lock")
 MARKER = "whole.json"
 KERNELS = Path("work/kernels")
+BLOCK = 1 << 16
 WAIT = 3600.0
 """Seconds that processes wait for each other: rank 0 writes and checks large models."""
 FLUSH_SECONDS = 2.0
+REFUSALS = (
+    AssertionError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    AttributeError,
+)
+"""What Bridge raises for settings that it does not take, before it trains."""
 
 
 # --- the command line ----------------------------------------------------------
@@ -66,7 +77,9 @@ def parser(doc: str | None, trains: bool = True) -> argparse.ArgumentParser:
 
 def truth(text: str) -> bool:
     """`true` or `false` of a command line."""
-    return {"true": True, "false": False}[text]
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: true or false")
+    return text == "true"
 
 
 def placement(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,8 +110,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def prepare(precision: str | None = None) -> None:
+def prepare(work: Path, precision: str | None = None) -> None:
     """Set the environment up and check it, before anything slow is imported.
+
+    What it is goes to environment.json in `work`.
 
     Kernels that Triton compiles and tunes, and Inductor's, stay in work/kernels, for
     all stages and machines: they are keyed by source, version and GPU. Raises
@@ -128,6 +143,8 @@ def prepare(precision: str | None = None) -> None:
         )
     import torch
 
+    if is_first():
+        KERNELS.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         raise UserError(
             f"engine nvidia on {socket.gethostname()}",
@@ -140,7 +157,7 @@ def prepare(precision: str | None = None) -> None:
             f"process {local}", f"{torch.cuda.device_count()} GPUs are seen here"
         )
     torch.cuda.set_device(local)
-    need = CAPABILITY.get((precision or "").split("_")[0], (0, 0))
+    need = CAPABILITY.get(precision or "", (0, 0))
     if torch.cuda.get_device_capability() < need:
         raise RecipeError(
             f"precision {precision}",
@@ -149,6 +166,13 @@ def prepare(precision: str | None = None) -> None:
             "choose bf16, or fp8_current on Hopper",
         )
     torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=WAIT))
+    if is_first():
+        seen = {
+            "python": platform.python_version(),
+            "gpu": torch.cuda.get_device_name(),
+            "gpus_seen": world_size(),
+        }
+        (work / "environment.json").write_text(json.dumps(seen))
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -160,10 +184,11 @@ def from_first(make: Callable[[], Any]) -> Any:
         try:
             made[0] = make()
         except UserError as error:
-            made[1] = error.where, error.what, error.hint
+            made[1] = type(error), error.where, error.what, error.hint
     torch.distributed.broadcast_object_list(made)
     if made[1]:
-        raise UserError(*made[1])
+        kind, *words = made[1]
+        raise kind(*words)
     return made[0]
 
 
@@ -249,16 +274,16 @@ def contents(save: Path) -> dict[str, int]:
     return {
         str(path.relative_to(save)): path.stat().st_size
         for path in sorted(save.rglob("*"))
-        if path.is_file() and not path.name.startswith(MARKER)
+        if path.is_file() and not path.name.startswith((MARKER, ".nfs"))
     }
 
 
-def mark_whole(save: Path, step: int, base: str) -> None:
+def mark_whole(save: Path, step: int, base: str, **more: Any) -> None:
     """Write a save's marker: what it holds, and the model it goes on from."""
-    files = contents(save)
+    marker = {"step": step, "base": base, **more, "files": contents(save)}
     temporary = save / (MARKER + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"step": step, "base": base, "files": files}, file, indent=1)
+        json.dump(marker, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(save / MARKER)
@@ -269,15 +294,15 @@ def step_of(save: Path) -> int:
     return int(save.name.rpartition("_")[2])
 
 
-def newest_whole(saves: Path, base: str) -> int | None:
-    """The step of the newest whole save; what a kill left unfinished is removed.
+def newest_whole(saves: Path, base: str) -> dict[str, Any] | None:
+    """The marker of the newest whole save; what a kill left unfinished is removed.
 
     Raises UserError for the save of another model, which this one is not to go on from.
     """
     for save in sorted(saves.glob("iter_*"), key=step_of, reverse=True):
         try:
             marked = json.loads((save / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             marked = {}
         if marked.get("files") == contents(save) and marked.get("step") == step_of(
             save
@@ -289,7 +314,7 @@ def newest_whole(saves: Path, base: str) -> int | None:
                     f"{marked.get('base')}, this run has {base}",
                     "give another --work",
                 )
-            return step_of(save)
+            return dict(marked)
         print(f"skipping {save.name}: not a whole save", flush=True)
         shutil.rmtree(save)
     return None
@@ -298,7 +323,7 @@ def newest_whole(saves: Path, base: str) -> int | None:
 def base_of(definition: Path, parent: Path | None, peft: Any) -> str:
     """What a save can only be resumed with: the model's shape, its start, the adapter.
 
-    The weights are told by their files' headers and sizes, which takes no time.
+    The weights are told by their files' sizes and a few blocks, which takes no time.
     """
     import hashlib
 
@@ -306,9 +331,12 @@ def base_of(definition: Path, parent: Path | None, peft: Any) -> str:
         json.dumps(read_config(definition), sort_keys=True).encode()
     )
     for path in sorted((parent or definition).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
-            digest.update(path.name.encode() + str(path.stat().st_size).encode())
-            digest.update(file.read(65536))
+            for at in (0, size // 3, size // 2, max(0, size - BLOCK)):
+                file.seek(at)
+                digest.update(file.read(BLOCK))
     digest.update(repr(peft).encode())
     return digest.hexdigest()[:16]
 
@@ -323,7 +351,9 @@ class History:
     def cut(self, step: int) -> None:
         """Forget what came after the save that the run goes on from."""
         kept = [entry for entry in self.read() if entry["step"] <= step]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        temporary.replace(self.path)
 
     def read(self) -> list[dict[str, Any]]:
         """All steps; a last line that a kill cut is left out."""
@@ -336,8 +366,8 @@ class History:
                     break
         return entries
 
-    def flush(self) -> None:
-        """Write what waits; the GPU's losses are fetched here, in one go."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Write and return what waits; the GPU's losses are fetched here, in one go."""
         import torch
 
         losses = [entry["loss"] for entry in self.waiting]
@@ -345,11 +375,16 @@ class History:
             values = torch.stack(losses).float().tolist()
             for entry, loss in zip(self.waiting, values, strict=True):
                 entry["loss"] = loss
+        written, self.waiting = self.waiting, []
+        self.add(*written)
+        return written
+
+    def add(self, *entries: dict[str, Any]) -> None:
+        """Write entries at once."""
         with open(self.path, "a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in self.waiting)
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
             file.flush()
             os.fsync(file.fileno())
-        self.waiting = []
 
 
 # --- training ------------------------------------------------------------------
@@ -372,33 +407,45 @@ def train(
     """
     saves, history = args.work / "saves", History(args.work)
 
-    def find() -> int | None:
+    def find() -> dict[str, Any]:
         (args.work / outputs.STOPPED).unlink(missing_ok=True)
         found = newest_whole(saves, base)
         if found is None:
             shutil.rmtree(saves, ignore_errors=True)
+            found = {"step": 0}
         else:
-            print(f"resuming from step {found}", flush=True)
-        history.cut(found or 0)
+            print(f"resuming from step {found['step']}", flush=True)
+        history.cut(found["step"])
         return found
 
-    step = from_first(find)
-    config.checkpoint.ckpt_step = step
-    if step is None:
+    found, sizes = from_first(find), sizes_of(config)
+    if found["step"]:
+        config.checkpoint.ckpt_step = found["step"]
+        # random states are saved by rank: under other sizes there are others
+        config.checkpoint.load_rng = found["sizes"] == sizes
+    else:
         config.checkpoint.load = None
+    if found["step"] == recipe.steps:  # it was stopped before it was published
+        config.checkpoint.save = None
+        config.dataset.dataloader_type = "batch"  # others refuse to draw nothing
 
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
     say_when("imports done")
-    watch = watcher(recipe, args, history, base, at_end, at_start)
+    watch = watcher(recipe, args, history, (base, sizes), at_end, at_start)
     stopped = False
     try:
         pretrain(config, forward_step, callbacks=[watch])
     except SystemExit:
-        stopped = watch.step < recipe.steps
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        if watch.step:
+        stopped = not watch.ended
+    except UserError:
+        raise
+    except Exception as error:
+        if "Unexpected result" in str(error):  # what its checks of losses say
+            raise outputs.LossNotFinite(watch.step + 1, math.nan) from error
+        full = "out of memory" in str(error)
+        if watch.trained or full or not isinstance(error, REFUSALS):
             raise
         raise RecipeError(
             str(args.recipe),
@@ -416,6 +463,12 @@ def train(
     return True
 
 
+def sizes_of(config: ConfigContainer) -> dict[str, int]:
+    """By how many a run's state is shared out: what a save's random states are for."""
+    sizes = {name: getattr(config.model, f) or 1 for name, f in PARALLEL_FIELDS.items()}
+    return {"world": world_size(), **sizes}
+
+
 def say_when(what: str) -> None:
     """Print how long after the process' start something happened."""
     if is_first():
@@ -426,7 +479,7 @@ def watcher(
     recipe: Any,
     args: argparse.Namespace,
     history: History,
-    base: str,
+    of_save: tuple[str, dict[str, int]],
     at_end: Callable[[list[Any]], None],
     at_start: Callable[[list[Any]], None] | None,
 ) -> Any:
@@ -438,7 +491,8 @@ def watcher(
         def __init__(self) -> None:
             self.progress = Progress(args.work)
             self.stop = args.work / outputs.STOP
-            self.step, self.ended = 0, False
+            self.step, self.lr = 0, 0.0
+            self.trained = self.ended = False
             self.flushed = time.monotonic()
 
         def on_train_start(self, context: Any) -> None:
@@ -448,9 +502,13 @@ def watcher(
                 at_start(context.model)
             say_when("ready to train")
 
+        def on_train_step_start(self, context: Any) -> None:
+            self.lr = context.optimizer.param_groups[0]["lr"]
+
         def on_train_step_end(self, context: Any) -> None:
             # the loop counts the step after this
             self.step = context.state.train_state.step + 1
+            self.trained = True
             if self.step <= self.began + 2:
                 say_when(f"step {self.step} done")
             if is_first() and self.stop.exists():
@@ -461,7 +519,7 @@ def watcher(
                 {
                     "step": self.step,
                     "loss": context.loss_dict["lm loss"].detach().reshape(()),
-                    "lr": context.optimizer.param_groups[0]["lr"],
+                    "lr": self.lr,
                     "grad_norm": context.grad_norm,
                 }
             )
@@ -470,13 +528,14 @@ def watcher(
                 self.report()
 
         def report(self) -> None:
-            last = history.waiting[-1] if history.waiting else None
-            history.flush()
+            entries = history.flush()
             self.flushed = time.monotonic()
-            if last is None:
+            for entry in entries:
+                if not math.isfinite(entry["loss"]):
+                    raise outputs.LossNotFinite(entry["step"], entry["loss"])
+            if not entries:
                 return
-            if not abs(last["loss"]) < float("inf"):
-                raise outputs.LossNotFinite(last["step"], last["loss"])
+            last = entries[-1]
             self.progress.report(
                 last["step"], recipe.steps, loss=last["loss"], lr=last["lr"]
             )
@@ -487,7 +546,14 @@ def watcher(
             step = context.state.train_state.step
             torch.distributed.barrier()  # the marker vouches for the steps, too
             if is_first():
-                mark_whole(args.work / "saves" / f"iter_{step:07d}", step, base)
+                save = args.work / "saves" / f"iter_{step:07d}"
+                mark_whole(save, step, of_save[0], sizes=of_save[1])
+
+        def on_eval_end(self, context: Any) -> None:
+            found = (context.total_loss_dict or {}).get("lm loss")
+            if is_last() and found is not None:
+                self.report()
+                history.add({"step": self.step, "validation_loss": float(found)})
 
         def on_train_end(self, context: Any) -> None:
             self.step = context.state.train_state.step
@@ -502,14 +568,19 @@ def watcher(
 
 def write_metrics(args: argparse.Namespace, recipe: Any, tokens_a_step: int) -> None:
     """Write metrics.jsonl beside the model, by the rank that writes the model."""
-    if is_first():
-        outputs.write_metrics(
-            args.out / "metrics.jsonl",
-            History(args.work).read(),
-            recipe.log_steps,
-            {"loss": "loss", "lr": "lr", "grad_norm": "grad_norm"},
-            tokens_a_step,
-        )
+    if not is_first():
+        return
+    entries = History(args.work).read()
+    validated = {e["step"]: e for e in entries if "validation_loss" in e}
+    history = [e | validated.get(e["step"], {}) for e in entries if "loss" in e]
+    names = ("loss", "lr", "grad_norm", "validation_loss")
+    outputs.write_metrics(
+        args.out / "metrics.jsonl",
+        history,
+        recipe.log_steps,
+        {name: name for name in names},
+        tokens_a_step,
+    )
 
 
 def finish(code: int) -> int:

@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--parent", type=Path, required=True, help="model folder")
     args = cli.parse(flags, argv)
     cli.load_recipe(args.recipe, ExportRecipe)
-    common.prepare()
-    common.check_tokens(args.parent, args.parent)
+    common.prepare(args.work)
     parent = common.readable(args.parent, args.work)
+    common.check_tokens(parent, parent)
     import torch
 
     from scripts.nvidia import convert
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     AutoBridge.from_hf_config(config).load_hf_weights(model, str(parent))
     convert.check_start(model, parent)
     convert.publish(
-        model, args.out, definition=parent, tokenizer=args.parent, generation=True
+        model, args.out, definition=parent, tokenizer=parent, generation=True
     )
     return common.finish(0)
 

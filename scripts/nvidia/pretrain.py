@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.parse(flags, argv)
     recipe = cli.load_recipe(args.recipe, PretrainRecipe)
     blend = read_blend(args.data)
-    common.prepare(recipe.precision)
+    common.prepare(args.work, recipe.precision)
     common.check_tokens(args.tokenizer, args.model)
     definition = common.readable(args.model, args.work)
     config = settings.configure(

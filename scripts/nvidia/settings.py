@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.lib.errors import RecipeError
+from scripts.lib.megatron import SHAPE
 from scripts.lib.schema import MegatronRecipe, Peft
 
 if TYPE_CHECKING:
@@ -32,8 +33,14 @@ PRECISIONS = {
 }
 """Names in megatron/bridge/training/mixed_precision.py."""
 
-CAPABILITY = {"fp8": (8, 9), "mxfp8": (10, 0), "nvfp4": (10, 0)}
-"""Compute capability that Transformer Engine needs for them."""
+CAPABILITY = {
+    "fp8_delayed": (8, 9),
+    "fp8_current": (8, 9),
+    "fp8_block": (9, 0),
+    "mxfp8": (10, 0),
+    "nvfp4": (10, 0),
+}
+"""Compute capability that they need: transformer_engine/pytorch/quantization.py."""
 
 SCHEDULES = {
     "linear": "linear",
@@ -49,62 +56,13 @@ PARALLEL_FIELDS = {
     "expert_parallel": "expert_model_parallel_size",
     "expert_tensor_parallel": "expert_tensor_parallel_size",
 }
-SHAPE = [
-    "hf_model_id",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "num_query_groups",
-    "hybrid_layer_pattern",
-    "hybrid_override_pattern",
-    "is_hybrid_model",
-    "mamba_state_dim",
-    "mamba_head_dim",
-    "mamba_num_heads",
-    "mamba_num_groups",
-    "activation_func",
-    "gated_linear_unit",
-    "normalization",
-    "layernorm_epsilon",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "seq_length",
-    "share_embeddings_and_output_weights",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_router_topk",
-    "moe_router_topk_scaling_factor",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_score_function",
-    "moe_router_enable_expert_bias",
-    "moe_layer_freq",
-    "moe_latent_size",
-    "mtp_num_layers",
-    "mtp_hybrid_override_pattern",
-    "window_size",
-    "softmax_scale",
-    "rope_scaling",
-    "params_dtype",
-    "bf16",
-    "fp16",
-    "pipeline_model_parallel_layout",
-    "sequence_parallel",
-]
-"""Fields of a model's section that its definition decides, not a recipe."""
+ADAPTED = {"dora": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]}
+ADAPTED |= {"lora": [*ADAPTED["dora"], "in_proj"]}
+"""Megatron's names of what adapters adapt: attention, MLP, for LoRA Mamba's in_proj too.
 
-ADAPTED = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj"]
-"""Megatron's names of what LoRA adapts: attention, MLP, Mamba. Not Mamba's out_proj,
-which PEFT refuses to load: its fused kernel would pass an adapter by."""
+Not its out_proj, which PEFT refuses to load: its fused kernel would pass an adapter by.
+Bridge cannot save DoRA's of Mamba (0.6.2: ParallelLinearDoRAAdapter.sharded_state_dict).
+"""
 
 
 def configure(
@@ -171,7 +129,8 @@ def configure(
     config.scheduler.start_weight_decay = recipe.weight_decay
     config.scheduler.end_weight_decay = recipe.weight_decay
     config.scheduler.lr_decay_style = SCHEDULES[recipe.lr_scheduler]
-    config.scheduler.lr_warmup_iters = recipe.warmup_steps
+    constant = recipe.lr_scheduler == "constant"  # of Transformers' names, without one
+    config.scheduler.lr_warmup_iters = 0 if constant else recipe.warmup_steps
     config.scheduler.lr_decay_iters = recipe.steps
     config.rng.seed = recipe.seed
 
@@ -189,8 +148,7 @@ def configure(
     # so that a run goes on under other parallel sizes
     config.checkpoint.dist_ckpt_optim_fully_reshardable = distributed
     config.checkpoint.pretrained_checkpoint = str(parent) if parent else None
-    if peft:
-        config.peft = adapter(peft)
+    config.peft = adapter(peft) if peft else None
     return config
 
 
@@ -237,7 +195,7 @@ def named(name: str, definition: Path) -> ConfigContainer:
     from megatron.bridge import recipes
 
     function = getattr(recipes, name, None)
-    if not callable(function):
+    if not callable(function) or not name.endswith("_config"):
         known = [n for n in dir(recipes) if n.endswith("_config")]
         near = difflib.get_close_matches(name, known, 3)
         raise RecipeError(
@@ -270,7 +228,7 @@ def models_from(definition: Path) -> Iterator[None]:
 
 def take_tuning(model: Any, source: Any) -> None:
     """Give a model what a recipe changed from Bridge's defaults, but for its shape."""
-    left = {*SHAPE, *PARALLEL_FIELDS.values()}
+    left = {*SHAPE, *PARALLEL_FIELDS.values(), "pipeline_model_parallel_layout"}
     ours = {field.name for field in dataclasses.fields(model)}
     for field in dataclasses.fields(source):
         name, value = field.name, getattr(source, field.name, None)
@@ -292,7 +250,7 @@ def adapter(peft: Peft) -> Any:
 
     kind = {"lora": LoRA, "dora": DoRA}[peft.method]
     return kind(
-        target_modules=peft.target_modules or ADAPTED,
+        target_modules=peft.target_modules or ADAPTED[peft.method],
         dim=peft.rank,
         alpha=peft.alpha,
         dropout=peft.dropout,
@@ -304,7 +262,8 @@ def use_blend(
 ) -> None:
     """Train on the shards that a blend.json lists, by their weights, all of them.
 
-    An override of dataset.split keeps some for validation.
+    Overrides of dataset.split, validation.eval_iters and validation.eval_interval keep
+    some for validation.
     """
     from megatron.bridge.training.config import GPTDatasetConfig
 
@@ -363,6 +322,7 @@ def override(config: ConfigContainer, recipe: MegatronRecipe) -> None:
     from megatron.bridge.training.comm_overlap import CommOverlapConfig
     from megatron.bridge.training.utils.omegaconf_utils import apply_overrides
 
+    sections = {field.name for field in dataclasses.fields(config)}
     changes: dict[str, dict[str, Any]] = {}
     for key, value in (recipe.overrides or {}).items():
         section, _, name = key.partition(".")
@@ -371,13 +331,14 @@ def override(config: ConfigContainer, recipe: MegatronRecipe) -> None:
         if section == "comm_overlap" and config.comm_overlap is None:
             overlap = values.pop("tp_comm_overlap", False)
             config.comm_overlap = CommOverlapConfig(tp_comm_overlap=overlap)
-        there = getattr(config, section, None)
-        for name in values:
-            if not hasattr(there, name):
+        there = getattr(config, section, None) if section in sections else None
+        known = {f.name for f in dataclasses.fields(there)} if there is not None else ()
+        for name, value in values.items():
+            if name not in known or is_target(value):
                 raise RecipeError(
                     f"overrides {section}.{name}",
                     "the installed Megatron-Bridge has no such setting",
-                    "the README names the version that the keys are of",
+                    "envs/nvidia-options.json lists what it has",
                 )
     apply_overrides(config, changes, {})
     for section, values in changes.items():
@@ -385,6 +346,14 @@ def override(config: ConfigContainer, recipe: MegatronRecipe) -> None:
             enum = type(getattr(default_section(config, section), name, None))
             if isinstance(value, str) and hasattr(enum, "__members__"):
                 setattr(getattr(config, section), name, enum[value])
+
+
+def is_target(value: Any) -> bool:
+    """Whether a value would have Bridge call something by its name."""
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict) and any(str(key).startswith("_") for key in value):
+        return True
+    return isinstance(value, dict | list) and any(map(is_target, inner))
 
 
 def default_section(config: ConfigContainer, section: str) -> Any:

@@ -31,10 +31,10 @@ from scripts.lib.schema import SftRecipe
 from scripts.nvidia import common, settings
 
 
-def check_rows(packed: Path, model: Path) -> int:
+def check_rows(packed: Path, model: Path, batch_size: int) -> int:
     """The length of the longest packed row.
 
-    Raises DataError for rows that the model cannot take.
+    Raises DataError for rows that the model cannot take, or fewer than a step's.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -43,14 +43,21 @@ def check_rows(packed: Path, model: Path) -> int:
     try:
         file = pq.ParquetFile(packed)
         longest = largest = 0
+        rows = file.metadata.num_rows
         for batch in file.iter_batches(columns=["input_ids"], batch_size=4096):
-            ids = batch.column(0)
+            ids = batch.column("input_ids")
             longest = max(longest, pc.max(pc.list_value_length(ids)).as_py() or 0)
             largest = max(largest, pc.max(pc.list_flatten(ids)).as_py() or 0)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(str(packed), f"not a packed file: {error}") from error
     if not longest:
         raise DataError(str(packed), "holds no row", "pack some chats")
+    if rows < batch_size:
+        raise DataError(
+            str(packed),
+            f"{rows} rows, fewer than the {batch_size} of a step",
+            "lower batch_size, or pack more chats",
+        )
     config = common.read_config(model)
     entries = config.get("vocab_size", largest + 1)
     positions = config.get("max_position_embeddings", longest)
@@ -112,14 +119,14 @@ def main(argv: list[str] | None = None) -> int:
     recipe = cli.load_recipe(args.recipe, SftRecipe)
     source = parent_folder(args.parent)
     packed = args.packed / "packed.parquet"
-    length = check_rows(packed, source)
-    common.prepare(recipe.precision)
-    common.check_tokens(source, source)
+    length = check_rows(packed, source, recipe.batch_size)
+    common.prepare(args.work, recipe.precision)
     parent = common.readable(source, args.work)
+    common.check_tokens(parent, parent)
     config = settings.configure(
         recipe,
         definition=parent,
-        tokenizer=source,
+        tokenizer=parent,
         work=args.work,
         placement=common.placement(args),
         save_steps=args.save_steps,
@@ -135,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             model,
             args.out,
             definition=parent,
-            tokenizer=source,
+            tokenizer=parent,
             peft=config.peft,
         )
 

@@ -42,7 +42,7 @@ def wrong(key: str, value: Any = 1) -> tuple[str, str]:
         ("comm_overlap.tp_comm_overlap", True),
         ("profiling.profile_ranks", [0]),
         ("model.pipeline_model_parallel_layout", "Et*3|t*3L"),
-        ("model.activation_func", "unclear types pass"),
+        ("model.init_method", "unclear types pass"),
     ],
 )
 def test_a_setting_of_bridge_can_be_overridden(key: str, value: Any):
@@ -87,7 +87,7 @@ def test_a_field_near_to_none_gets_the_list_and_not_four_hundred_names():
         ("optimizer.adam_beta2", "high", "'high' is not float", "give float"),
         ("optimizer.min_lr", "1e-5", "'1e-5' is not", "1.0e-5"),
         ("model.attention_backend", "flsh", "'flsh' is not", "flash"),
-        ("checkpoint.ckpt_format", "zarr", "'zarr' is not", "torch_dist"),
+        ("checkpoint.dist_ckpt_strictness", "zarr", "'zarr' is not", "raise_all"),
         ("profiling.profile_ranks", 0, "0 is not list[int]", "give list"),
         ("ddp.overlap_grad_reduce", None, "None is not bool", "give bool"),
     ],

@@ -2,7 +2,8 @@
 
     python -m tests.bridge.programs.conversions ASKED.json FOUND.json
 
-ASKED    {name: {"parent": folder, "method": "full", "lora" or "dora"}}, `tokenizer`
+ASKED    `tokenizer`; `published`: {name: {"parent": folder, "method": "full", "lora" or
+         "dora"}}; `refused`: {"good": folder, "spoilt": {name: folder}}
 FOUND    what each check said, by name; NAME/out is the folder that was published
 
 Megatron's models are real, of one process and on the CPU; their kernels are not there,
@@ -15,20 +16,20 @@ import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformer_engine.pytorch.module.base  # sees that there is no GPU
+import transformer_engine.pytorch.module.base  # noqa: F401 - before torch pretends
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from scripts.lib.errors import UserError
 from scripts.lib.schema import Peft
-from scripts.nvidia import common, convert, settings
+from scripts.nvidia import common, convert, parity, settings
 
 ALIKE = {"relative_logit_difference": 0.0, "mean_kl": 0.0}
 
@@ -38,10 +39,11 @@ def without_gpu() -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.empty_cache = lambda: None
+    torch.cuda.Stream = lambda: None
     CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
-    convert.logits = lambda model, prompts: []
-    convert.theirs_of = lambda folder, prompts: []
-    convert.agreement = lambda ours, theirs: ALIKE
+    parity.logits = lambda model, prompts: []
+    parity.theirs_of = lambda folder, prompts: []
+    parity.agreement = lambda ours, theirs: ALIKE
 
 
 def made(definition: Path) -> list[Any]:
@@ -88,6 +90,12 @@ def said(check: Any) -> str:
     return ""
 
 
+def read(model: list[Any], folder: Path) -> None:
+    """Load a folder, and see that it was read."""
+    load(model, folder)
+    convert.check_start(model, folder)
+
+
 def publish(asked: dict[str, Any], tokenizer: Path, work: Path) -> dict[str, Any]:
     """Load a parent, adapt it, publish it."""
     parent = common.readable(Path(asked["parent"]), work)
@@ -111,19 +119,17 @@ def publish(asked: dict[str, Any], tokenizer: Path, work: Path) -> dict[str, Any
 
 
 def refusals(asked: dict[str, Any], work: Path) -> dict[str, Any]:
-    """What the checks say of spoilt folders."""
+    """What the checks say of folders that lack something, and of one changed bit."""
     good = common.readable(Path(asked["good"]), work)
-    model = made(good)
     found = {}
     for name, folder in asked["spoilt"].items():
-        load(model, good)
-        load(model, Path(folder))
-        found[name] = said(lambda: convert.check_start(model, Path(folder)))
+        model = made(good)
+        found[name] = said(partial(read, model, Path(folder)))
     bridge = load(model, good)
-    path = good / "model.safetensors"
-    found["same"] = convert.compare(convert.tensors(bridge, model, False), good)
-    first = next(iter(load_file(path)))
-    del first
+    found["same"] = parity.compare(convert.tensors(bridge, model, False), good)
+    weight = next(model[0].parameters())
+    weight.data.view(torch.int16).view(-1)[0] ^= 1
+    found["bit"] = parity.compare(convert.tensors(bridge, model, False), good)
     return found
 
 
@@ -140,6 +146,9 @@ def main() -> None:
             work = question.parent / name
             work.mkdir()
             found[name] = publish(case, Path(asked["tokenizer"]), work)
+        work = question.parent / "refusals"
+        work.mkdir()
+        found["refusals"] = refusals(asked["refused"], work)
     answer.write_text(json.dumps(found, indent=1))
 
 

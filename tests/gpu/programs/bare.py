@@ -16,7 +16,7 @@ def main() -> int:
         flags.add_argument(name, type=Path, required=True)
     args = cli.parse(flags, None)
     recipe = cli.load_recipe(args.recipe, PretrainRecipe)
-    common.prepare()
+    common.prepare(args.work)
     config = settings.configure(
         recipe,
         definition=args.model,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.lib import cli
-from scripts.nvidia import convert
+from scripts.nvidia import convert, parity
 
 
 def spoil(out: Path, share: float) -> None:
@@ -45,7 +45,7 @@ def main() -> int:
 
     convert.write_configs = write_configs
     if kind == "logits":
-        convert.compare = lambda tensors, folder: [None for _ in tensors][:0]
+        parity.compare = lambda tensors, folder, cast=False: [None for _ in tensors][:0]
     return int(importlib.import_module(stage).main(flags))
 
 
