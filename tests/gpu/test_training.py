@@ -78,6 +78,45 @@ def test_after_a_kill_the_newest_whole_save_counts(
     figure(resumed=step, apart=apart(second, base))
 
 
+def test_a_run_killed_before_it_was_published_is_published(
+    stages: Stages, tmp_path: Path
+):
+    work = tmp_path / "work"
+    first = stages.pretrain("--save-steps", "30", work=work, steps=60)
+    first.when(lambda: (work / "saves/iter_0000060/whole.json").exists())
+    first.kill()
+    before = (work / "saves/iter_0000060/whole.json").stat().st_mtime_ns
+    second = stages.pretrain("--save-steps", "30", work=work, steps=60).done()
+    assert "resuming from step 60" in second.text()
+    assert (work / "saves/iter_0000060/whole.json").stat().st_mtime_ns == before
+    assert [line["step"] for line in second.metrics] == [10, 20, 30, 40, 50, 60]
+    assert second.parity["differs_on_disk"] == []
+
+
+def test_a_loss_that_is_no_number_is_named(stages: Stages):
+    run = stages.pretrain(lr=1e12, max_grad_norm=1e12, warmup_steps=0, steps=50)
+    assert run.wait() == 1
+    assert "the loss is nan" in run.error, run.text()[-3000:]
+
+
+def test_a_split_is_held_back_for_validation(
+    stages: Stages, figure: Callable[..., None]
+):
+    overrides = {
+        "dataset.split": "90,10,0",
+        "validation.eval_iters": 2,
+        "validation.eval_interval": 50,
+    }
+    run = stages.pretrain(steps=100, overrides=overrides).done()
+    found = {
+        line["step"]: line["validation_loss"]
+        for line in run.metrics
+        if "validation_loss" in line
+    }
+    figure(validation=found)
+    assert 50 in found and abs(found[50] - run.losses[4]) < 0.5
+
+
 def test_a_save_of_another_model_is_refused(stages: Stages, tmp_path: Path):
     work = tmp_path / "work"
     stages.pretrain(work=work, steps=30).done()
@@ -157,21 +196,35 @@ def test_two_gpus_learn_as_one_does(
 
 
 @pytest.mark.gpus(2)
+@pytest.mark.parametrize(
+    ("flag", "model", "alone"),
+    [
+        ("--tensor-parallel", "hybrid4b_small", "hybrid"),
+        ("--pipeline-parallel", "hybrid4b_small", "hybrid"),
+        ("--expert-parallel", "nano3_small", "experts"),
+    ],
+)
 def test_a_run_goes_on_under_other_parallel_sizes(
-    hybrid: Run, stages: Stages, tmp_path: Path, figure: Callable[..., None]
+    request: pytest.FixtureRequest,
+    stages: Stages,
+    tmp_path: Path,
+    figure: Callable[..., None],
+    flag: str,
+    model: str,
+    alone: str,
 ):
-    work = tmp_path / "work"
-    flags = ["--tensor-parallel", "2", "--save-steps", "1000"]
-    first = stages.pretrain(*flags, model="hybrid4b_small", gpus=2, work=work)
+    work, one = tmp_path / "work", request.getfixturevalue(alone)
+    flags = [flag, "2", "--save-steps", "1000"]
+    first = stages.pretrain(*flags, model=model, gpus=2, work=work)
     first.when(lambda: len(steps(work)) > 60)
     (work / "stop").touch()
     first.wait()
     stopped = int((work / "stopped").read_text())
     (work / "stop").unlink()
-    second = stages.pretrain(model="hybrid4b_small", work=work).done()
+    second = stages.pretrain(model=model, work=work).done()
     assert f"resuming from step {stopped}" in second.text()
-    figure(stopped=stopped, losses=curve(second), apart=apart(second, hybrid))
-    assert apart(second, hybrid) < 0.05
+    figure(stopped=stopped, losses=curve(second), apart=apart(second, one))
+    assert apart(second, one) < 0.05
 
 
 # ---- fine-tuning ---------------------------------------------------------------
