@@ -72,7 +72,7 @@ check: $(DEV) ## format, lint, types, unit tests: under a minute
 	pytest -q tests/unit
 
 test: check ## everything: also the trainers, the real chain, a real Slurm
-	pytest -q -n auto tests/cluster tests/engine tests/workflow
+	pytest -q -n auto tests/bridge tests/cluster tests/engine tests/workflow
 
 cluster: $(DEV) ## on a real Slurm of this machine: the chain, and each fault
 	pytest -q tests/cluster

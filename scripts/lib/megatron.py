@@ -15,6 +15,7 @@ SHAPE = frozenset(
         "hidden_size",
         "hybrid_layer_pattern",
         "hybrid_override_pattern",
+        "init_method_std",
         "is_hybrid_model",
         "kv_channels",
         "layernorm_epsilon",

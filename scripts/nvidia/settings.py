@@ -106,8 +106,9 @@ def configure(
     config.mixed_precision = get_mixed_precision_config(
         PRECISIONS[recipe.precision or "bf16"]
     )
-    # weights that are kept in 8 bits could not be published as they are
+    # weights that are kept in 8 or 4 bits could not be published as they are
     config.mixed_precision.fp8_param_gather = False
+    config.mixed_precision.fp4_param_gather = False
     config.mixed_precision.reuse_grad_buf_for_mxfp8_param_ag = False
     model.pipeline_dtype = config.mixed_precision.params_dtype
     config.train.train_iters = recipe.steps
@@ -344,8 +345,16 @@ def override(config: ConfigContainer, recipe: MegatronRecipe) -> None:
     for section, values in changes.items():
         for name, value in values.items():
             enum = type(getattr(default_section(config, section), name, None))
-            if isinstance(value, str) and hasattr(enum, "__members__"):
-                setattr(getattr(config, section), name, enum[value])
+            members = getattr(enum, "__members__", {})
+            if not isinstance(value, str) or not members:
+                continue
+            if value not in members:
+                raise RecipeError(
+                    f"overrides {section}.{name}",
+                    f"{value!r} is none of its values",
+                    ", ".join(members),
+                )
+            setattr(getattr(config, section), name, members[value])
 
 
 def is_target(value: Any) -> bool:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from scripts.lib import graph
 from scripts.lib.errors import DataError, RecipeError, UserError
 from scripts.lib.run import placement_flags
-from scripts.lib.schema import PARALLEL, Peft, Placement
+from scripts.lib.schema import PARALLEL, Peft, Placement, PretrainRecipe
 from scripts.nvidia import common, convert, parity, pretrain, settings, sft
 
 ROOT = Path(__file__).parents[2]
@@ -711,3 +711,26 @@ def test_magnitudes_are_added_beside_what_an_adapter_has(tmp_path: Path):
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     head = json.loads(path.read_bytes()[8 : 8 + length])
     assert head["__metadata__"] == {"format": "pt"}
+
+
+def test_a_value_that_would_call_something_is_refused():
+    assert settings.is_target({"_target_": "os.system"})
+    assert settings.is_target([{"a": {"_args_": 1}}])
+    assert not settings.is_target({"pad_to_max_length": True, "sizes": [1, 2]})
+
+
+def test_validation_losses_stand_beside_the_step_they_were_taken_at(tmp_path: Path):
+    args = argparse.Namespace(work=tmp_path, out=tmp_path)
+    history = common.History(tmp_path)
+    for step in range(1, 21):
+        history.add({"step": step, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0})
+        if step % 10 == 0:
+            history.add({"step": step, "validation_loss": 3.0 + step})
+    common.write_metrics(args, PretrainRecipe.model_validate(RECIPE_20), 4)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [line["validation_loss"] for line in found] == [13.0, 23.0]
+    assert [line["tokens"] for line in found] == [40, 80]
+
+
+RECIPE_20 = {"steps": 20, "batch_size": 2, "lr": 0.1, "sequence_length": 2}
