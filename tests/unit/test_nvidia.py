@@ -347,6 +347,8 @@ def one_of_two(number: int, folder: Path) -> None:
     except UserError as error:
         told += [type(error).__name__, error.where, error.what, error.hint]
     (folder / f"{number}.json").write_text(json.dumps(told))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_all_processes_get_what_the_first_makes_and_its_error(tmp_path: Path):
