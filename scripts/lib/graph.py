@@ -343,7 +343,11 @@ class _Builder:
                 # what DVC tracks counts, pulled or not
                 matches = sorted({n.removesuffix(".dvc") for n in names})
                 if not matches:
-                    raise self.error((*key, "files"), f"{pattern}: no file matches")
+                    raise self.error(
+                        (*key, "files"),
+                        f"{pattern}: no file matches",
+                        "put files there, or name yours",
+                    )
             else:
                 matches = [pattern]
             found += [self.existing((*key, "files"), m) for m in matches]

@@ -696,7 +696,7 @@ def interpreter(node: Node) -> str:
         return str(path)
     if PYTHON_OF_NVIDIA.exists():
         return os.path.abspath(PYTHON_OF_NVIDIA)
-    if runtime == "none" and importlib.util.find_spec("megatron") is None:
+    if runtime == "none" and not has_bridge():
         raise UserError(
             node.id,
             "no Python with Megatron-Bridge: no container, no placement.python, no "
@@ -704,6 +704,14 @@ def interpreter(node: Node) -> str:
             "make env-nvidia; or build envs/nvidia.def and set container.runtime",
         )
     return sys.executable
+
+
+def has_bridge() -> bool:
+    """Whether this Python has Megatron-Bridge; asked without importing it."""
+    try:
+        return importlib.util.find_spec("megatron.bridge") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def parent_of(node: Node) -> Path | None:

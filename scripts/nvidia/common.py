@@ -139,7 +139,7 @@ def prepare(work: Path, precision: str | None = None) -> None:
         raise UserError(
             str(LOCK),
             "\n".join(["this environment has other versions:", *wrong]),
-            "use the container or the lock that envs/ describes",
+            "make env-nvidia; or run in the container that envs/nvidia.def describes",
         )
     import torch
 
