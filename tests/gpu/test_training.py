@@ -196,6 +196,18 @@ def test_two_gpus_learn_as_one_does(
 
 
 @pytest.mark.gpus(2)
+def test_virtual_stages_learn_as_one_gpu_does(
+    stages: Stages, figure: Callable[..., None]
+):
+    flags = ["--pipeline-parallel", "2", "--virtual-pipeline", "2"]
+    one = stages.pretrain(model="qwen3_small", steps=150)
+    two = stages.pretrain(*flags, model="qwen3_small", gpus=2, steps=150).done()
+    one.done()
+    figure(losses=curve(two), one=curve(one), parity=two.parity)
+    assert apart(two, one) < 0.05
+
+
+@pytest.mark.gpus(2)
 @pytest.mark.parametrize(
     ("flag", "model", "alone"),
     [
