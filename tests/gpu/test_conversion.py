@@ -12,6 +12,22 @@ import pytest
 from tests.gpu.conftest import PYTHON, ROOT, Run, Stages, write
 
 
+def differing(one: Path, other: Path) -> dict[str, str]:
+    """What of two models' weights is not the same: dtype, shape or bits, by name."""
+    import torch
+    from safetensors.torch import load_file
+
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    found = {name: "is in one of them" for name in set(a) ^ set(b)}
+    for name in set(a) & set(b):
+        kinds = {f"{x.dtype} {list(x.shape)}" for x in (a[name], b[name])}
+        if len(kinds) > 1:
+            found[name] = " and ".join(sorted(kinds))
+        elif not torch.equal(a[name], b[name]):
+            found[name] = f"{(a[name] != b[name]).sum()} of {a[name].numel()} differ"
+    return found
+
+
 def export(stages: Stages, parent: Path, *flags: str, gpus: int = 1) -> Run:
     return stages.start(
         "scripts.nvidia.export", {}, "--parent", parent, *flags, gpus=gpus
@@ -34,6 +50,7 @@ def test_an_export_is_its_parent_bit_for_bit(
 @pytest.mark.parametrize("flag", ["--tensor-parallel", "--pipeline-parallel"])
 def test_an_export_is_the_same_from_two_gpus(hybrid: Run, stages: Stages, flag: str):
     run = export(stages, hybrid.out, flag, "2", gpus=2).done()
+    assert differing(run.out, hybrid.out) == {}
     ours = run.out / "model.safetensors"
     assert ours.read_bytes() == (hybrid.out / "model.safetensors").read_bytes()
 
