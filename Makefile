@@ -63,7 +63,7 @@ status: $(READY) ## each node's job, state and progress, also while a run is act
 chat: $(READY) ## talk to the exported model: make chat MODEL=...
 	@python -m scripts.chat $(MODEL)
 
-check: $(DEV) ## format, lint, types, unit tests: under a minute
+check: $(DEV) ## format, lint, types, unit tests: two minutes
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile rules
