@@ -13,6 +13,7 @@ Only the standard library is imported here: this runs before anything slow does.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import re
 import sys
@@ -104,16 +105,18 @@ def table(lock: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print what differs, and return 1 if anything does; or write, or print."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or set(arguments[1:]) - {"--write", "--table"}:
-        print(__doc__, file=sys.stderr)
-        return 2
-    lock = Path(arguments[0])
-    if "--write" in arguments:
-        write(lock)
-    elif "--table" in arguments:
-        print(table(lock))
-    elif problems := installed_problems(lock):
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("lock", type=Path)
+    flags.add_argument("--write", action="store_true", help="pin what is here")
+    flags.add_argument("--table", action="store_true", help="show it as Markdown")
+    args = flags.parse_args(argv)
+    if args.write:
+        write(args.lock)
+    elif args.table:
+        print(table(args.lock))
+    elif problems := installed_problems(args.lock):
         print("\n".join(problems), file=sys.stderr)
         return 1
     return 0

@@ -85,7 +85,7 @@ class Project:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=500,
+            timeout=1200,
         )
         self.output, self.code = done.stdout, done.returncode
         if check and done.returncode:
