@@ -97,7 +97,8 @@ def command(
     """The command line that runs `python *words` as the placement says.
 
     `environ` is what it will be run with; of it, what containers would change is
-    repeated in the command line, and their Python is the image's. Raises UserError for what cannot be run here.
+    repeated in the command line, and their Python is the image's. Raises UserError for what cannot
+    be run here.
     """
     nodes, processes = placement["nodes"], placement["processes"]
     container = placement.get("container") or {}
@@ -113,7 +114,8 @@ def command(
             what, "this is no Slurm job", "use --profile slurm, or one machine"
         )
     hosts = hosts_of_job(nodes, environ) if nodes > 1 else []
-    python = python if runtime == "none" else "python"
+    if runtime != "none":
+        python = "python"
     several = ["--hosts", ",".join(hosts)] if hosts else []
     if launcher == "ray":
         flags = [*several, "--port", str(free_ports(first_block(environ)))]

@@ -65,11 +65,12 @@ def parser(doc: str | None, trains: bool = True) -> argparse.ArgumentParser:
         )
     for name in PARALLEL:
         field = Placement.model_fields[name]
+        is_truth = field.annotation in (bool, bool | None)
         flags.add_argument(
             f"--{name.replace('_', '-')}",
-            type=truth if field.annotation in (bool, bool | None) else int,
+            type=truth if is_truth else int,
             default=field.default,
-            metavar="true|false" if "bool" in str(field.annotation) else "N",
+            metavar="true|false" if is_truth else "N",
             help=field.description,
         )
     return flags
@@ -401,9 +402,9 @@ def train(
     """Train to the recipe's last step, from the newest whole save if there is one.
 
     `at_start` gets the model's chunks before the first step, `at_end` the trained
-    model's while its processes still hold it. Returns False where SIGTERM, or a file `stop` in --work, stopped it sooner, after a save;
-    the step is then in `stopped`. Raises LossNotFinite, and NotDone where training ends
-    at another step. An exit code of 0 says nothing: Bridge exits so when stopped.
+    model's while its processes still hold it. Returns False where SIGTERM, or a file
+    `stop` in --work, stopped it sooner, after a save; the step is then in `stopped`.
+    Raises LossNotFinite, and NotDone where training ends at another step. An exit code of 0 says nothing: Bridge exits so when stopped.
     """
     saves, history = args.work / "saves", History(args.work)
 

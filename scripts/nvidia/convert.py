@@ -18,7 +18,7 @@ from typing import Any
 
 from scripts.lib import outputs
 from scripts.lib.errors import AttestError, RecipeError
-from scripts.nvidia import common, parity
+from scripts.nvidia import common, parity, settings
 
 
 def publish(
@@ -37,13 +37,11 @@ def publish(
     the comparisons fails; parity.json holds what was seen.
     """
     import torch
-    from megatron.bridge import AutoBridge
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     for chunk in model:
         chunk.eval()
-    config = AutoConfig.from_pretrained(definition, trust_remote_code=False)
-    bridge = AutoBridge.from_hf_config(config)
+    bridge = settings.bridge_of(definition)
     words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     prompts = outputs.fixed_prompts(words)
     ours = parity.logits(model, prompts)
@@ -96,13 +94,9 @@ def check_start(model: list[Any], parent: Path) -> None:
     Bridge leaves weights that it finds no tensor for as they were made, at random.
     Raises RecipeError, in all processes, naming the tensors.
     """
-    from megatron.bridge import AutoBridge
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(parent, trust_remote_code=False)
-    bridge = AutoBridge.from_hf_config(config)
+    bridge = settings.bridge_of(parent)
     wrong = parity.compare(tensors(bridge, model, False), parent, cast=True)
-    if getattr(config, "tie_word_embeddings", False):
+    if getattr(bridge.hf_pretrained, "tie_word_embeddings", False):
         wrong = [name for name in wrong if not name.startswith("lm_head.")]
 
     def judge() -> None:
@@ -126,10 +120,10 @@ def write_configs(out: Path, definition: Path, words: Any, generation: bool) -> 
         config[name] = getattr(words, name)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     longest = config.get("max_position_embeddings", 2 * outputs.MAX_NEW_TOKENS)
-    settings = outputs.generation_settings(words, longest)
+    greedy = outputs.generation_settings(words, longest)
     if not generation:
-        settings = {name: settings[name] for name in settings if name.endswith("_id")}
-    (out / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        greedy = {name: greedy[name] for name in greedy if name.endswith("_id")}
+    (out / "generation_config.json").write_text(json.dumps(greedy, indent=2) + "\n")
 
 
 # --- tensors -------------------------------------------------------------------

@@ -37,20 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     from scripts.nvidia import convert
 
     provider = settings.model_of(parent)
-    for name, field in settings.PARALLEL_FIELDS.items():
-        setattr(provider, field, getattr(args, name))
-    provider.sequence_parallel = args.tensor_parallel > 1
-    settings.use_kernels(provider)
+    settings.place(provider, common.placement(args) | {"sequence_parallel": None})
     provider.bf16, provider.params_dtype = True, torch.bfloat16
     provider.pipeline_dtype = torch.bfloat16
     provider.finalize()
     provider.initialize_model_parallel(seed=0)
     model = provider.provide_distributed_model(wrap_with_ddp=False)
-    from megatron.bridge import AutoBridge
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(parent, trust_remote_code=False)
-    AutoBridge.from_hf_config(config).load_hf_weights(model, str(parent))
+    settings.bridge_of(parent).load_hf_weights(model, str(parent))
     convert.check_start(model, parent)
     convert.publish(
         model, args.out, definition=parent, tokenizer=parent, generation=True

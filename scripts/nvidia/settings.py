@@ -42,12 +42,6 @@ CAPABILITY = {
 }
 """Compute capability that they need: transformer_engine/pytorch/quantization.py."""
 
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-}
 PARALLEL_FIELDS = {
     "tensor_parallel": "tensor_model_parallel_size",
     "pipeline_parallel": "pipeline_model_parallel_size",
@@ -96,13 +90,7 @@ def configure(
         config = recipes._peft_common() if peft else recipes._sft_common()
     config.model = model
 
-    for name, field in PARALLEL_FIELDS.items():
-        setattr(model, field, placement[name])
-    wished = placement["sequence_parallel"]
-    several = placement["tensor_parallel"] > 1
-    model.sequence_parallel = several if wished is None else wished
-    use_kernels(model)
-
+    place(model, placement)
     config.mixed_precision = get_mixed_precision_config(
         PRECISIONS[recipe.precision or "bf16"]
     )
@@ -129,7 +117,8 @@ def configure(
     config.optimizer.adam_beta1, config.optimizer.adam_beta2 = 0.9, 0.95
     config.scheduler.start_weight_decay = recipe.weight_decay
     config.scheduler.end_weight_decay = recipe.weight_decay
-    config.scheduler.lr_decay_style = SCHEDULES[recipe.lr_scheduler]
+    style = recipe.lr_scheduler.removesuffix("_with_warmup")
+    config.scheduler.lr_decay_style = style
     constant = recipe.lr_scheduler == "constant"  # of Transformers' names, without one
     config.scheduler.lr_warmup_iters = 0 if constant else recipe.warmup_steps
     config.scheduler.lr_decay_iters = recipe.steps
@@ -163,6 +152,16 @@ def has_flash() -> bool:
     return has_module("flash_attn") or has_module("flash_attn_3")
 
 
+def place(model: Any, placement: Mapping[str, Any]) -> None:
+    """Split a model as the parallel flags say, with the kernels that are there."""
+    for name, field in PARALLEL_FIELDS.items():
+        setattr(model, field, placement[name])
+    wished = placement["sequence_parallel"]
+    several = placement["tensor_parallel"] > 1
+    model.sequence_parallel = several if wished is None else wished
+    use_kernels(model)
+
+
 def use_kernels(model: Any) -> None:
     """Turn off what the installed packages have no kernels for."""
     from megatron.core.transformer.enums import AttnBackend
@@ -173,15 +172,20 @@ def use_kernels(model: Any) -> None:
         model.attention_backend = AttnBackend.auto  # cuDNN's fused kernels
 
 
-def model_of(definition: Path) -> Any:
-    """The provider of the model that a folder's config.json defines."""
+def bridge_of(definition: Path) -> Any:
+    """Bridge's two-way mapping of the model that a folder's config.json defines."""
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig
 
+    return AutoBridge.from_hf_config(
+        AutoConfig.from_pretrained(definition, trust_remote_code=False)
+    )
+
+
+def model_of(definition: Path) -> Any:
+    """The provider of the model that a folder's config.json defines."""
     try:
-        config = AutoConfig.from_pretrained(definition, trust_remote_code=False)
-        bridge = AutoBridge.from_hf_config(config)
-        return bridge.to_megatron_provider(load_weights=False)
+        return bridge_of(definition).to_megatron_provider(load_weights=False)
     except (ValueError, NotImplementedError) as error:
         first = str(error).strip().splitlines()[0]
         raise RecipeError(
@@ -212,13 +216,11 @@ def named(name: str, definition: Path) -> ConfigContainer:
 def models_from(definition: Path) -> Iterator[None]:
     """Have recipes read this definition where they would ask the hub for theirs."""
     from megatron.bridge import AutoBridge
-    from transformers import AutoConfig
 
     original = AutoBridge.__dict__["from_hf_pretrained"]
 
     def local(cls: Any, path: Any, **_: Any) -> Any:
-        config = AutoConfig.from_pretrained(definition, trust_remote_code=False)
-        return AutoBridge.from_hf_config(config)
+        return bridge_of(definition)
 
     AutoBridge.from_hf_pretrained = classmethod(local)
     try:
@@ -343,9 +345,10 @@ def override(config: ConfigContainer, recipe: MegatronRecipe) -> None:
                 )
     apply_overrides(config, changes, {})
     for section, values in changes.items():
+        fields = dataclasses.fields(getattr(config, section))
+        kinds = {field.name: type(default_of(field)) for field in fields}
         for name, value in values.items():
-            enum = type(getattr(default_section(config, section), name, None))
-            members = getattr(enum, "__members__", {})
+            members = getattr(kinds[name], "__members__", {})
             if not isinstance(value, str) or not members:
                 continue
             if value not in members:
@@ -359,14 +362,7 @@ def override(config: ConfigContainer, recipe: MegatronRecipe) -> None:
 
 def is_target(value: Any) -> bool:
     """Whether a value would have Bridge call something by its name."""
-    inner = value.values() if isinstance(value, dict) else value
-    if isinstance(value, dict) and any(str(key).startswith("_") for key in value):
-        return True
-    return isinstance(value, dict | list) and any(map(is_target, inner))
-
-
-def default_section(config: ConfigContainer, section: str) -> Any:
-    """A section as its class makes it, to see the type of a field."""
-    there = getattr(config, section)
-    fields = {f.name: default_of(f) for f in dataclasses.fields(there)}
-    return type("Defaults", (), fields)
+    if isinstance(value, dict):
+        named = any(str(key).startswith("_") for key in value)
+        return named or any(map(is_target, value.values()))
+    return isinstance(value, list) and any(map(is_target, value))
