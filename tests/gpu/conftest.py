@@ -4,7 +4,9 @@
 
 The stages run as a build runs them: as processes of the engine's interpreter, which
 $NVIDIA_PYTHON names, else .venv-nvidia/bin/python. Figures that the tests see are
-appended to work/gpu.jsonl.
+appended to work/gpu.jsonl. On a machine with one GPU, NCCL_MULTI_RANK_GPU_ENABLE=1 lets
+two processes of a run share it (NCCL 2.30 or newer), so that its sums are checked; its
+speed means nothing then.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
 PYTHON = os.environ.get("NVIDIA_PYTHON") or str(ROOT / ".venv-nvidia/bin/python")
 FIGURES = ROOT / "work/gpu.jsonl"
+SHARING = FOLDER / "programs/sharing"
+SHARED = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 RECIPE = {
     "steps": 300,
     "batch_size": 16,
@@ -52,6 +56,11 @@ def num_gpus() -> int:
     return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
 
 
+def num_ranks() -> int:
+    """Processes that one run may have here."""
+    return num_gpus() * (2 if SHARED else 1)
+
+
 def missing() -> str:
     """Why nothing here can run, or nothing."""
     if not num_gpus():
@@ -67,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in ours:
         wanted = item.get_closest_marker("gpus")
         need = wanted.args[0] if wanted else 1
-        if reason or num_gpus() < need:
+        if reason or num_ranks() < need:
             why = reason or f"{need} GPUs wanted, {num_gpus()} here"
             item.add_marker(pytest.mark.skip(reason=f"NOT TESTED: {why}"))
 
@@ -171,12 +180,14 @@ class Stages:
             words += ["-m", "torch.distributed.run", "--standalone"]
             words += [f"--nproc-per-node={gpus}"]
         words += ["-m", module, "--recipe", file, "--out", out, "--work", work, *flags]
-        seen = range(gpus) if gpus > 1 else [self.gpu]
+        seen = range(min(gpus, num_gpus())) if gpus > 1 else [self.gpu]
         environment = {
             **os.environ,
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, seen)),
             "OMP_NUM_THREADS": "2",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *([str(SHARING)] if SHARED else [])]
+            ),
         }
         with open(log, "wb") as output:
             process = subprocess.Popen(
