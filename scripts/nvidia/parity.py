@@ -109,6 +109,8 @@ def logits(model: list[Any], prompts: list[list[int]]) -> list[torch.Tensor]:
     several = 2 * ranks * state.get_tensor_model_parallel_world_size()
     length = -(-max(map(len, prompts)) // several) * several
     rows = [torch.tensor([p + [0] * (length - len(p))], device="cuda") for p in prompts]
+    if len(model) > 1:  # virtual stages take whole groups: schedules.py, "remainder"
+        rows += [rows[-1]] * (-len(rows) % config.microbatch_group_size_per_vp_stage)
 
     def step(batches: Iterator[Any], chunk: Any) -> tuple[Any, None]:
         tokens = next(batches)
@@ -147,7 +149,8 @@ def logits(model: list[Any], prompts: list[list[int]]) -> list[torch.Tensor]:
         config.fp8, config.fp4 = fewer_bits
     whole = torch.zeros(0, device="cuda")
     if state.is_pipeline_last_stage(ignore_virtual=True):
-        whole = unsliced(torch.cat([row.float() for row in found]))
+        answers = found[: len(prompts)]
+        whole = unsliced(torch.cat([row.float() for row in answers]))
     return to_first(whole, prompts)
 
 

@@ -18,13 +18,13 @@ from scripts.nvidia import convert, parity
 
 
 def spoil(out: Path, share: float) -> None:
-    """Change the first tensor of a model; by one bit where the share is 0."""
+    """Change the last tensor of a model, its head; by one bit where the share is 0."""
     import torch
     from safetensors.torch import load_file, save_file
 
     (path,) = out.glob("*.safetensors")
     tensors = load_file(path)
-    name = sorted(tensors)[0]
+    name = sorted(tensors)[-1]
     if share:
         tensors[name] = tensors[name] * (1 + share)
     else:
