@@ -43,6 +43,7 @@ BLOCK = 1 << 16
 WAIT = 3600.0
 """Seconds that processes wait for each other: rank 0 writes and checks large models."""
 FLUSH_SECONDS = 2.0
+EXPERTS = ("expert_parallel", "expert_tensor_parallel")
 REFUSALS = (
     AssertionError,
     ValueError,
@@ -342,6 +343,59 @@ def base_of(definition: Path, parent: Path | None, peft: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def regrouped(saved: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
+    """A distributed optimizer's loaded state, in the form that so many optimizers take.
+
+    Megatron gives experts that are split over GPUs an optimizer of their own, by
+    number, and others none; a save keeps the form that it was written in, and the
+    tensors, named alike in both, come in the form of who loads
+    (megatron/core/optimizer/optimizer.py: ChainedOptimizer.sharded_state_dict).
+    """
+    parts = {key: part for key, part in saved.items() if isinstance(key, int)}
+    common = {key: part for key, part in saved.items() if not isinstance(key, int)}
+    wanted = [parts.get(n, {}) for n in range(optimizers)]
+    wanted = [common] if optimizers == 1 else wanted
+    written = [part for part in (common, *parts.values()) if "optimizer" in part]
+    if not written or all("optimizer" in part for part in wanted):
+        return saved
+    groups = [
+        {**group, "is_expert_parallel": are_experts}
+        for part in written
+        for group in part["optimizer"]["param_groups"]
+        for are_experts in (False, True)
+    ]
+    settings = {**written[0]["optimizer"], "param_groups": groups}
+    wanted = [{**written[0], **part, "optimizer": settings} for part in wanted]
+    return wanted[0] if optimizers == 1 else dict(enumerate(wanted))
+
+
+def check_experts(
+    saved: dict[str, int], now: dict[str, int], distributed: bool
+) -> None:
+    """Raise where Megatron cannot share the optimizer's state out anew."""
+    changed = [name for name in EXPERTS if saved[name] != now[name]]
+    if changed and not distributed:
+        was, has = (", ".join(f"{n}: {s[n]}" for n in changed) for s in (saved, now))
+        raise UserError(
+            "placement",
+            f"the save to go on from was written with {was}; this run has {has}",
+            f"resume with {was}: other sizes need `distributed_optimizer: true` from "
+            "the start",
+        )
+
+
+def load_regrouped() -> None:
+    """Let Megatron load the optimizer of a save whose experts were split otherwise."""
+    from megatron.core.optimizer import ChainedOptimizer
+
+    load = ChainedOptimizer.load_state_dict
+
+    def regroup_and_load(self: Any, saved: dict[Any, Any]) -> None:
+        load(self, regrouped(saved, len(self.chained_optimizers)))
+
+    ChainedOptimizer.load_state_dict = regroup_and_load
+
+
 class History:
     """Loss, lr and gradient norm of each step, in work/steps.jsonl, flushed in lots."""
 
@@ -424,6 +478,9 @@ def train(
         config.checkpoint.ckpt_step = found["step"]
         # random states are saved by rank: under other sizes there are others
         config.checkpoint.load_rng = found["sizes"] == sizes
+        distributed = config.optimizer.use_distributed_optimizer
+        check_experts(found["sizes"], sizes, distributed)
+        load_regrouped()
     else:
         config.checkpoint.load = None
     if found["step"] == recipe.steps:  # it was stopped before it was published

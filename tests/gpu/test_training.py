@@ -225,18 +225,25 @@ def test_a_run_goes_on_under_other_parallel_sizes(
     model: str,
     alone: str,
 ):
+    """Begun on two GPUs, gone on with on one, ended on two."""
     work, one = tmp_path / "work", request.getfixturevalue(alone)
+    two = {"gpus": 2, "model": model, "work": work}
     flags = [flag, "2", "--save-steps", "1000"]
-    first = stages.pretrain(*flags, model=model, gpus=2, work=work)
-    first.when(lambda: len(steps(work)) > 60)
-    (work / "stop").touch()
-    first.wait()
-    stopped = int((work / "stopped").read_text())
-    (work / "stop").unlink()
-    second = stages.pretrain(model=model, work=work).done()
-    assert f"resuming from step {stopped}" in second.text()
-    figure(stopped=stopped, losses=curve(second), apart=apart(second, one))
-    assert apart(second, one) < 0.05
+
+    def stopped(run: Run, after: int) -> str:
+        run.when(lambda: len(steps(work)) > after)
+        (work / "stop").touch()
+        run.wait()
+        (work / "stop").unlink()
+        return f"resuming from step {(work / 'stopped').read_text()}\n"
+
+    begun = stopped(stages.pretrain(*flags, **two), 60)
+    second = stages.pretrain("--save-steps", "1000", model=model, work=work)
+    gone_on = stopped(second, 130)
+    last = stages.pretrain(*flags, **two).done()
+    assert begun in second.text() and gone_on in last.text()
+    figure(stopped=[begun, gone_on], losses=curve(last), apart=apart(last, one))
+    assert apart(last, one) < 0.05
 
 
 # ---- fine-tuning ---------------------------------------------------------------

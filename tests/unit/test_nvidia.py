@@ -205,6 +205,68 @@ def test_a_save_of_another_model_is_refused_and_kept(tmp_path: Path):
     assert steps(tmp_path) == [10]
 
 
+def group(decay: float, experts: bool, step: int = 7) -> dict[str, Any]:
+    return {"wd_mult": decay, "is_expert_parallel": experts, "step": step}
+
+
+def part(name: str, *groups: dict[str, Any]) -> dict[str, Any]:
+    settings = {"optimizer": {"param_groups": list(groups)}} if groups else {}
+    return {**settings, "param_state": name, "param_state_sharding_type": "f"}
+
+
+def settings_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What Megatron would find for each of the groups a model may have."""
+    found = {
+        (one["wd_mult"], one["is_expert_parallel"]): one
+        for one in state["optimizer"]["param_groups"]
+    }
+    return [found[decay, experts] for decay in (0, 1) for experts in (False, True)]
+
+
+SETTINGS = [group(decay, experts) for decay in (0, 1) for experts in (False, True)]
+
+
+def test_a_save_with_split_experts_is_given_to_one_optimizer():
+    chained = {
+        0: part("", group(1, False), group(0, False)),
+        1: part("", group(1, True)),
+    }
+    state = common.regrouped(chained | part("tensors"), 1)
+    assert state["param_state"] == "tensors" and 0 not in state
+    assert settings_of(state) == SETTINGS
+
+
+def test_a_save_of_one_optimizer_is_given_to_split_experts():
+    one = part("", group(1, False), group(0, False))
+    state = common.regrouped(one | {0: part("dense"), 1: part("experts")}, 2)
+    assert list(state) == [0, 1]
+    assert [state[n]["param_state"] for n in state] == ["dense", "experts"]
+    assert settings_of(state[0]) == settings_of(state[1]) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("saved", "optimizers"),
+    [
+        (part("tensors", group(1, False)), 1),
+        ({0: part("a", group(1, False)), 1: part("b", group(1, True))}, 2),
+        ({"state": {}, "param_groups": []}, 1),
+    ],
+)
+def test_a_save_in_the_form_that_is_wanted_is_left_as_it_is(
+    saved: dict[Any, Any], optimizers: int
+):
+    assert common.regrouped(saved, optimizers) is saved
+
+
+def test_an_optimizer_that_cannot_be_shared_out_anew_is_refused_by_name():
+    saved = {"world": 2, "expert_parallel": 2, "expert_tensor_parallel": 1}
+    now = {"world": 1, "expert_parallel": 1, "expert_tensor_parallel": 1}
+    common.check_experts(saved, now, distributed=True)
+    common.check_experts(saved, {**saved, "world": 4}, distributed=False)
+    with pytest.raises(UserError, match=r"expert_parallel: 2; .* expert_parallel: 1"):
+        common.check_experts(saved, now, distributed=False)
+
+
 def model(folder: Path, value: float = 0.0, **config: Any) -> Path:
     """A folder with config.json and one tensor."""
     folder.mkdir(exist_ok=True)
