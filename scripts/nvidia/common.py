@@ -135,7 +135,7 @@ def prepare(work: Path, precision: str | None = None) -> None:
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if "RANK" not in os.environ:
-        os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     wrong = versions.installed_problems(LOCK)
     if wrong:
         raise UserError(
@@ -192,13 +192,6 @@ def from_first(make: Callable[[], Any]) -> Any:
         kind, *words = made[1]
         raise kind(*words)
     return made[0]
-
-
-def free_port() -> str:
-    """A port that nobody listens on here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 # --- models --------------------------------------------------------------------

@@ -3,8 +3,10 @@
     python -m tests.gpu.bench            prints a Markdown table
 
 Bare is Megatron-Bridge's `pretrain` with the same settings and none of ours: no
-callbacks, no saves but the last. Both run in turn, several times; each figure is the
-median of the iteration times that Bridge itself logs, first ones left out. Start-up is
+callbacks, no saves but the last. Both run in turn, several times; a run's figure is the
+median of the iteration times that Bridge itself logs, first ones left out, and the ratio
+is the median of the pairs'. One run takes about a minute, and its line is printed at its
+end; at toy size one run may differ from the next by a tenth. Start-up is
 the time from a process' start to the end of its second step, on cold caches of kernels
 and on warm ones.
 """
@@ -31,8 +33,8 @@ IMPORTED = re.compile(r"imports done ([\d.]+) s after start")
 LEFT_OUT = 5
 
 
-def run(module: str, folder: Path, name: str, flags: list[str]) -> str:
-    """One run's log."""
+def run(module: str, folder: Path, name: str, flags: list[str]) -> tuple[str, float]:
+    """One run's log, and its ms a step."""
     log, work = folder / f"{name}.log", folder / f"{name}.work"
     words = [PYTHON, "-m", module, "--out", str(folder / name), "--work", str(work)]
     with open(log, "wb") as output:
@@ -44,7 +46,10 @@ def run(module: str, folder: Path, name: str, flags: list[str]) -> str:
             check=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)},
         )
-    return log.read_text(errors="replace")
+    text = log.read_text(errors="replace")
+    times = [float(ms) for ms in TIMES.findall(text)][LEFT_OUT:]
+    print(f"{name}: {median(times):.2f} ms a step", file=sys.stderr, flush=True)
+    return text, median(times)
 
 
 def main() -> int:
@@ -52,13 +57,19 @@ def main() -> int:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--pairs", type=int, default=3)
-    flags.add_argument("--steps", type=int, default=300)
+    flags.add_argument("--pairs", type=int, default=3, help="of runs; default 3")
+    flags.add_argument("--steps", type=int, default=300, help="of a run; default 300")
+    flags.add_argument("--model", default="tiny", help="of config/models; default tiny")
     args = flags.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     inputs = once(folder, "inputs", make_inputs)
     recipe = write(folder / "recipe.yaml", RECIPE | {"steps": args.steps})
-    given = ["--recipe", str(recipe), "--model", str(ROOT / "config/models/tiny")]
+    given = [
+        "--recipe",
+        str(recipe),
+        "--model",
+        str(ROOT / "config/models" / args.model),
+    ]
     given += ["--tokenizer", str(inputs / "tokenizer"), "--data", str(inputs / "blend")]
     given += ["--micro-batch-size", "16", "--save-steps", "100000"]
     kernels = ROOT / "work/kernels"
@@ -67,20 +78,18 @@ def main() -> int:
         shutil.move(kernels, aside)
     start = []
     for name in ("cold", "warm"):
-        text = run(OURS, folder, name, given)
+        text, _ = run(OURS, folder, name, given)
         found = [float(p.search(text)[1]) for p in (IMPORTED, READY)]  # type: ignore[index]
         start.append((name, *found))
     seconds: dict[str, list[float]] = {BARE: [], OURS: []}
     for pair in range(args.pairs):
         for module in (BARE, OURS) if pair % 2 else (OURS, BARE):
-            text = run(module, folder, f"{module}-{pair}", given)
-            times = [float(ms) for ms in TIMES.findall(text)][LEFT_OUT:]
-            seconds[module].append(median(times))
+            _, time = run(module, folder, f"{module}-{pair}", given)
+            seconds[module].append(time)
     bare, ours = median(seconds[BARE]), median(seconds[OURS])
+    ratio = median(b / o for b, o in zip(seconds[BARE], seconds[OURS], strict=True))
     print("| what | bare Bridge | in the build | ratio |\n|---|---|---|---|")
-    print(
-        f"| ms a step, {args.steps} steps | {bare:.2f} | {ours:.2f} | {bare / ours:.3f} |"
-    )
+    print(f"| ms a step, {args.steps} steps | {bare:.2f} | {ours:.2f} | {ratio:.3f} |")
     print(
         "\n| kernels | imports | second step done | after the imports |\n|---|---|---|---|"
     )
@@ -88,7 +97,6 @@ def main() -> int:
         print(
             f"| {name} | {imported:.1f} s | {ready:.1f} s | {ready - imported:.1f} s |"
         )
-    print(f"\n{seconds}", file=sys.stderr)
     shutil.rmtree(folder)
     return 0
 
