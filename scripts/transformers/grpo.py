@@ -17,47 +17,31 @@ Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.environments.mix import Mix
 from scripts.lib import cli, outputs
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import GrpoRecipe
 from scripts.transformers import common
 
-NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
+def rewards_of(environments: Mix) -> Callable[..., list[float]]:
+    """The environments' rewards as TRL asks for them."""
 
-def is_right(completion: str, answer: str) -> bool:
-    """Whether a completion's answer is `answer`.
+    def reward(
+        prompts: list[Any], completions: list[Any], output: list[str], **_: Any
+    ) -> list[float]:
+        rows = [
+            {"input": prompt[-1]["content"], "output": answer}
+            for prompt, answer in zip(prompts, output, strict=True)
+        ]
+        conversations = [p + c for p, c in zip(prompts, completions, strict=True)]
+        return [turn.reward for turn, _ in environments.steps(conversations, rows)]
 
-    The answer is the last \\boxed{...}, or else the whole completion. Where a plain
-    number is asked for, only that number counts: math-verify would also take the
-    sum itself, repeated, for its own result.
-    """
-    boxed = BOXED.findall(completion)
-    given, answer = (boxed[-1] if boxed else completion).strip(), answer.strip()
-    if given == answer:
-        return True
-    if NUMBER.fullmatch(answer):
-        return bool(NUMBER.fullmatch(given)) and float(given) == float(answer)
-    from math_verify import parse, verify
-
-    wanted, got = parse(f"\\boxed{{{answer}}}"), parse(completion)
-    return bool(wanted) and bool(got) and bool(verify(wanted, got))
-
-
-def correct(completions: list[Any], output: list[str], **columns: Any) -> list[float]:
-    """The `math` environment's reward: 1.0 for a right answer, else 0.0."""
-    return [
-        float(is_right(completion[0]["content"], answer))
-        for completion, answer in zip(completions, output, strict=True)
-    ]
-
-
-ENVIRONMENTS = {"math": correct}
+    return reward
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -104,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=ENVIRONMENTS[recipe.environment],
+        reward_funcs=rewards_of(Mix(recipe.environments())),
         args=GRPOConfig(
             **common.settings(recipe, args),
             num_generations=recipe.num_generations,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.transformers.grpo import correct, is_right
+from scripts.environments.math import is_right
+from scripts.environments.mix import Mix
+from scripts.transformers.grpo import rewards_of
 
 
 @pytest.mark.parametrize(
@@ -47,4 +49,7 @@ def test_reward_is_one_or_nothing_a_completion() -> None:
     completions = [
         [{"role": "assistant", "content": content}] for content in ("42", "41", "")
     ]
-    assert correct(completions=completions, output=["42"] * 3) == [1.0, 0.0, 0.0]
+    reward = rewards_of(Mix({"math": {}}))
+    prompts = [[{"role": "user", "content": "12 + 30"}]] * 3
+    found = reward(prompts=prompts, completions=completions, output=["42"] * 3)
+    assert found == [1.0, 0.0, 0.0]
