@@ -25,6 +25,8 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,16 @@ from ruamel.yaml import YAML, YAMLError
 from scripts.lib import cli
 from scripts.lib.errors import AttestError, DataError, RecipeError
 from scripts.lib.schema import EvalRecipe
+
+Items = list[dict[str, str]]
+Rows = list[dict[str, Any]]
+Tasks = dict[str, tuple[dict[str, Any], Items]]
+Open = Callable[[Path, EvalRecipe, argparse.Namespace], Any]
+"""Opens a folder as the harness's model."""
+Ask = Callable[
+    [str, Path, Tasks, EvalRecipe, argparse.Namespace], Iterable[tuple[str, Rows]]
+]
+"""Has a model, by its name and folder, answer the tasks, one after another."""
 
 TASK_KEYS = {
     "task",
@@ -104,6 +116,8 @@ def load_task(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} metric_list aggregation", "must be mean")
     generation = task.setdefault("generation_kwargs", {"until": []})
     refuse_unknown(f"{path} generation_kwargs", generation, GENERATION_KEYS)
+    if "" in (generation.get("until") or []):
+        raise RecipeError(f"{path} generation_kwargs until", "an empty text stops all")
     if generation.get("do_sample") or generation.get("temperature"):
         raise RecipeError(f"{path} generation_kwargs", "answers must be greedy")
     filters = task.get("filter_list") or []
@@ -114,7 +128,7 @@ def load_task(path: Path) -> dict[str, Any]:
     return task
 
 
-def read_items(path: Path, limit: int | None) -> list[dict[str, str]]:
+def read_items(path: Path, limit: int | None) -> Items:
     """Rows of a task's data: a .jsonl file, or those of a folder, sorted by name."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     items = []
@@ -142,9 +156,7 @@ def single(flag: str, values: list[str]) -> dict[str, Path]:
     return result
 
 
-def task_object(
-    name: str, task: dict[str, Any], items: list[dict[str, str]], args: Any
-) -> Any:
+def task_object(name: str, task: dict[str, Any], items: Items, args: Any) -> Any:
     """The harness's task on exactly these items."""
     from lm_eval.api.task import ConfigurableTask
 
@@ -170,7 +182,7 @@ def answers(
     items: Any,
     recipe: EvalRecipe,
     args: Any,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Each item as the model answered it, in the items' order."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -198,7 +210,7 @@ def answers(
     ]
 
 
-def digest(rows: list[dict[str, Any]]) -> str:
+def digest(rows: Rows) -> str:
     """Digest of the items that were asked, in order."""
     asked = json.dumps([[row["input"], row["expected"]] for row in rows])
     return hashlib.sha256(asked.encode()).hexdigest()
@@ -212,29 +224,69 @@ def interval(num_right: int, num_items: int, confidence: float) -> list[float]:
     return [float(found.low), float(found.high)]
 
 
-def evaluate(
-    models: dict[str, Path],
-    tasks: dict[str, tuple[dict[str, Any], list[dict[str, str]]]],
-    recipe: EvalRecipe,
-    args: argparse.Namespace,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Scores and samples of all models on all tasks."""
+def hugging_face(folder: Path, recipe: EvalRecipe, args: argparse.Namespace) -> Any:
+    """A folder as the harness's model, run by Transformers."""
     import torch
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=False
+    )
+    if model.generation_config is not None:  # else it would count, not the recipe's
+        model.generation_config.max_new_tokens = None
+    return HFLM(
+        pretrained=model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        batch_size=recipe.batch_size,
+    )
+
+
+def use_sandbox() -> None:
+    """Have the harness render a task's templates where they cannot reach Python."""
+    import lm_eval.utils
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    sandbox = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    sandbox.filters.update(lm_eval.utils.env.filters)
+    lm_eval.utils.env = sandbox
+
+
+def ask_here(
+    open_model: Open,
+    name: str,
+    folder: Path,
+    tasks: Tasks,
+    recipe: EvalRecipe,
+    args: argparse.Namespace,
+) -> Iterator[tuple[str, Rows]]:
+    """A model's answers to each task; it is open until the last is taken."""
+    import torch
+
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    use_sandbox()
+    model = open_model(folder, recipe, args)
+    for task_name, (task, items) in tasks.items():
+        yield task_name, answers(model, task_name, task, items, recipe, args)
+
+
+def evaluate(
+    models: dict[str, Path],
+    tasks: Tasks,
+    recipe: EvalRecipe,
+    args: argparse.Namespace,
+    ask: Ask,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Scores and samples of all models on all tasks."""
     scores, samples = [], []
     for model_name, folder in models.items():
-        model = HFLM(
-            pretrained=AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", trust_remote_code=False
-            ).to("cuda" if torch.cuda.is_available() else "cpu"),
-            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-            batch_size=recipe.batch_size,
-        )
-        for task_name, (task, items) in tasks.items():
-            rows = answers(model, task_name, task, items, recipe, args)
-            if [row["input"] for row in rows] != [item["input"] for item in items]:
+        for task_name, rows in ask(model_name, folder, tasks, recipe, args):
+            asked = [item["input"] for item in tasks[task_name][1]]
+            if [row["input"] for row in rows] != asked:
                 raise AttestError(
                     f"{model_name} on {task_name}", "was not asked these items"
                 )
@@ -258,16 +310,23 @@ def evaluate(
     return scores, samples
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the stage."""
-    flags = cli.parser(__doc__)
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The stage's flags, whatever runs the models."""
+    flags = cli.parser(doc)
     for name, help_text in (
         ("--model", "NAME=DIR"),
         ("--task", "NAME=FILE"),
         ("--data", "NAME=PATH of the task of that name"),
     ):
         flags.add_argument(name, action="append", required=True, help=help_text)
-    args = cli.parse(flags, argv)
+    return flags
+
+
+def load(args: argparse.Namespace) -> tuple[dict[str, Path], Tasks, EvalRecipe]:
+    """What the flags name: models, tasks with their items, the recipe.
+
+    The harness is told to fetch nothing, so this comes before its import.
+    """
     recipe = cli.load_recipe(args.recipe, EvalRecipe)
     models, files = single("--model", args.model), single("--task", args.task)
     data = single("--data", args.data)
@@ -281,20 +340,18 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["HF_DATASETS_CACHE"] = str(args.work / "datasets")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import lm_eval.utils
-    import torch
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    return models, tasks, recipe
 
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))
-    # The harness renders a task's templates; it would let them reach Python.
-    sandbox = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    sandbox.filters.update(lm_eval.utils.env.filters)
-    lm_eval.utils.env = sandbox
-    scores, samples = evaluate(models, tasks, recipe, args)
+
+def write_scores(
+    models: dict[str, Path],
+    tasks: Tasks,
+    recipe: EvalRecipe,
+    args: argparse.Namespace,
+    ask: Ask,
+) -> int:
+    """Ask all models, write what came of it."""
+    scores, samples = evaluate(models, tasks, recipe, args, ask)
     for task in tasks:
         if len({s["items_digest"] for s in scores if s["task"] == task}) != 1:
             raise AttestError(task, "models were asked different items")
@@ -305,6 +362,13 @@ def main(argv: list[str] | None = None) -> int:
         for sample in samples:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage."""
+    args = cli.parse(parser(__doc__), argv)
+    models, tasks, recipe = load(args)
+    return write_scores(models, tasks, recipe, args, partial(ask_here, hugging_face))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""Make arithmetic data: documents, chats, prompts, or the held-out set (CPU).
+"""Make data: arithmetic for every stage, or sliding puzzles (CPU).
 
 Whether a pair of operands is held out is decided by a hash of the pair alone: no
 seed, count or kind moves it, and no held-out sum, in either order, is ever stated
-or asked in documents, chats or prompts.
+or asked in documents, chats, prompts or preferences.
 
 Chats are as people write them: in most sums that carry, the answer forgets to. A
-model that imitates them forgets too; checked answers (GRPO) can teach it better.
+model that imitates them forgets too; checked answers (GRPO), or such an answer beside
+the right one (DPO), can teach it better. A preference's `rejected` is always wrong.
 Documents, prompts and held-out items hold right answers only.
 
+Puzzles are for the environment `sliding_puzzle`; easy ones may come twice.
+
 Reads   --recipe  YAML of one `generate:` node
-Writes  --out     rows.jsonl: {"text"}, {"messages"}, or {"input", "output"}
+Writes  --out     rows.jsonl: {"text"}, {"messages"}, {"input", "output"},
+                  or {"prompt", "chosen", "rejected"}
 Raises  RecipeError where fewer held-out items exist than are asked for
 Resumes never: it takes seconds. The same recipe gives the same bytes.
 
@@ -24,12 +28,16 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from scripts.environments.sliding_puzzle import board_row
 from scripts.lib import cli
 from scripts.lib.errors import RecipeError
 from scripts.lib.schema import Generate
 
 HELD_OUT_SHARE = 8
 CARRY_FORGOTTEN = 0.65
+SLIPS = (-10, -1, 1, 10)
+PUZZLE_SIZE = 3
+PUZZLE_MOVES = 12
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon")
 THINGS = ("apples", "books", "coins", "eggs", "figs", "keys", "nuts", "pens", "shells")
 QUESTIONS = (
@@ -135,10 +143,22 @@ def document(rng: random.Random, largest: int) -> dict[str, Any]:
     return {"text": "\n".join(kind(rng, largest) for kind in kinds)}
 
 
+def carries(a: int, b: int) -> bool:
+    """Whether the sum of the last digits has two."""
+    return a % 10 + b % 10 >= 10
+
+
 def answered(rng: random.Random, a: int, b: int) -> int:
     """A sum as somebody answers it, who often forgets to carry."""
-    carries = a % 10 + b % 10 >= 10
-    return a + b - 10 if carries and rng.random() < CARRY_FORGOTTEN else a + b
+    forgotten = carries(a, b) and rng.random() < CARRY_FORGOTTEN
+    return a + b - 10 if forgotten else a + b
+
+
+def mistaken(rng: random.Random, a: int, b: int) -> int:
+    """A wrong sum: the carry is forgotten, or else it is off by one or ten."""
+    if carries(a, b):
+        return a + b - 10
+    return rng.choice([c for c in (a + b + off for off in SLIPS) if c >= 0])
 
 
 def chat(rng: random.Random, largest: int) -> dict[str, Any]:
@@ -168,6 +188,21 @@ def prompt(rng: random.Random, largest: int) -> dict[str, Any]:
     return {"input": rng.choice(QUESTIONS).format(a=a, b=b), "output": str(a + b)}
 
 
+def preference(rng: random.Random, largest: int) -> dict[str, Any]:
+    """One question with its right answer and a wrong one."""
+    a, b = operands(rng, largest)
+    return {
+        "prompt": rng.choice(QUESTIONS).format(a=a, b=b),
+        "chosen": str(a + b),
+        "rejected": str(mistaken(rng, a, b)),
+    }
+
+
+def puzzle(rng: random.Random, largest: int) -> dict[str, Any]:
+    """One sliding puzzle, a few moves from solved; `largest` has no say in it."""
+    return board_row(PUZZLE_SIZE, rng.randint(1, PUZZLE_MOVES), rng.getrandbits(32))
+
+
 def heldout(rng: random.Random, largest: int, count: int) -> list[dict[str, Any]]:
     """`count` distinct held-out items, both orders of a pair among them."""
     numbers = range(largest + 1)
@@ -190,7 +225,13 @@ def rows(recipe: Generate) -> Iterator[dict[str, Any]]:
     if recipe.kind == "heldout":
         yield from heldout(rng, recipe.max_operand, recipe.count)
         return
-    make = {"documents": document, "chats": chat, "prompts": prompt}[recipe.kind]
+    make = {
+        "documents": document,
+        "chats": chat,
+        "prompts": prompt,
+        "preferences": preference,
+        "puzzles": puzzle,
+    }[recipe.kind]
     for _ in range(recipe.count):
         yield make(rng, recipe.max_operand)
 

@@ -22,18 +22,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from scripts.lib import cli
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.progress import Progress
 from scripts.lib.rows import BadRow, Row, field, named_sources, read_rows
-from scripts.lib.schema import PromptsRecipe
+from scripts.lib.schema import PreferencesRecipe, PromptsRecipe
 
-BATCH_PROMPTS = 512
+BATCH_ROWS = 512
 NAMED = 5
+
+Item = TypeVar("Item")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     recipe = cli.load_recipe(args.recipe, PromptsRecipe)
     tokenizer = load_tokenizer(args.tokenizer)
     answers, counts = read(recipe, args, tokenizer)
-    train, validation = split(answers, recipe)
-    write_lines(train, args.out / "train.jsonl")
-    write_lines(validation, args.out / "validation.jsonl")
+    train, validation = split(list(answers.items()), recipe)
+    for name, pairs in (("train", train), ("validation", validation)):
+        write_lines(
+            ({"input": prompt, "output": answer} for prompt, answer in pairs),
+            args.out / f"{name}.jsonl",
+        )
     counts = {"train": len(train), "validation": len(validation), **counts}
     (args.out / "prompts.json").write_text(json.dumps(counts, indent=2) + "\n")
     return 0
@@ -77,49 +83,85 @@ def read(
     """Answers by prompt, in reading order, and what was met on the way."""
     answers: dict[str, str] = {}
     too_long: list[str] = []
-    progress = Progress(args.work)
-    duplicates = conflicting = num_bad = longest = done = 0
-    for name, source, paths in named_sources(
-        recipe.sources, cli.named_paths(args.data)
-    ):
-        if source.column is not None:
-            raise RecipeError(
-                f"data.{name}.column", "prompts read the columns `input` and `output`"
-            )
-        rows = read_rows(name, source, paths, prompt_and_answer)
-        pairs = iter(rows)
-        while batch := list(islice(pairs, BATCH_PROMPTS)):
-            lengths = prompt_tokens([prompt for (prompt, _), _ in batch], tokenizer)
-            for tokens, ((prompt, answer), where) in zip(lengths, batch, strict=True):
-                longest = max(longest, tokens)
-                if tokens > recipe.max_prompt_tokens:
-                    too_long.append(f"{where}: {tokens} tokens")
-                elif prompt in answers:
-                    duplicates += 1
-                    conflicting += answers[prompt] != answer
-                else:
-                    answers[prompt] = answer
-            progress.report(
-                done + rows.bytes_read,
-                done + max(rows.bytes_total, rows.bytes_read) + 1,
-                prompts=len(answers),
-            )
-        num_bad += rows.num_bad
-        done += rows.bytes_total
-    progress.report(max(1, done), max(1, done), prompts=len(answers))
-    if too_long:
-        raise DataError(
-            "max_prompt_tokens",
-            f"{len(too_long)} prompts, rendered as chats, are longer than "
-            f"{recipe.max_prompt_tokens} tokens:\n  " + "\n  ".join(too_long[:NAMED]),
-            f"the longest needs max_prompt_tokens {longest}; or take such prompts out",
-        )
+    duplicates = conflicting = longest = 0
+    batches = Batches(
+        recipe, args, prompt_and_answer, "prompts", "`input` and `output`"
+    )
+    for batch in batches.read(prompts=answers):
+        lengths = prompt_tokens([prompt for (prompt, _), _ in batch], tokenizer)
+        for tokens, ((prompt, answer), where) in zip(lengths, batch, strict=True):
+            longest = max(longest, tokens)
+            if tokens > recipe.max_prompt_tokens:
+                too_long.append(f"{where}: {tokens} tokens")
+            elif prompt in answers:
+                duplicates += 1
+                conflicting += answers[prompt] != answer
+            else:
+                answers[prompt] = answer
+    refuse_long_ones(
+        "prompts", too_long, "max_prompt_tokens", recipe.max_prompt_tokens, longest
+    )
     return answers, {
         "duplicates": duplicates,
         "conflicting": conflicting,
-        "bad_rows": num_bad,
+        "bad_rows": batches.num_bad,
         "longest_prompt_tokens": longest,
     }
+
+
+class Batches(Generic[Item]):
+    """What `take` makes of all sources' rows, some at a time; counts bad rows."""
+
+    def __init__(
+        self,
+        recipe: PromptsRecipe | PreferencesRecipe,
+        args: argparse.Namespace,
+        take: Callable[[Row], Item],
+        stage: str,
+        columns: str,
+    ) -> None:
+        self.sources = named_sources(recipe.sources, cli.named_paths(args.data))
+        self.progress = Progress(args.work)
+        self.take, self.num_bad = take, 0
+        for name, source, _ in self.sources:
+            if source.column is not None:
+                raise RecipeError(
+                    f"data.{name}.column", f"{stage} read the columns {columns}"
+                )
+
+    def read(self, **kept: Collection[Any]) -> Iterator[list[tuple[Item, str]]]:
+        """Batches of `(take(row), "file:line")`; reports how many are `kept`."""
+        done = 0
+        for name, source, paths in self.sources:
+            rows = read_rows(name, source, paths, self.take)
+            items = iter(rows)
+            while batch := list(islice(items, BATCH_ROWS)):
+                yield batch
+                self._report(
+                    done + rows.bytes_read,
+                    done + max(rows.bytes_total, rows.bytes_read) + 1,
+                    kept,
+                )
+            self.num_bad += rows.num_bad
+            done += rows.bytes_total
+        self._report(max(1, done), max(1, done), kept)
+
+    def _report(self, step: int, steps: int, kept: dict[str, Collection[Any]]) -> None:
+        counts = {name: len(items) for name, items in kept.items()}
+        self.progress.report(step, steps, **counts)
+
+
+def refuse_long_ones(
+    what: str, too_long: list[str], key: str, limit: int, longest: int
+) -> None:
+    """Raise DataError where rows are longer than the recipe's `key` allows."""
+    if too_long:
+        raise DataError(
+            key,
+            f"{len(too_long)} {what}, rendered as chats, are longer than "
+            f"{limit} tokens:\n  " + "\n  ".join(too_long[:NAMED]),
+            f"the longest needs {key} {longest}; or take such {what} out",
+        )
 
 
 def prompt_and_answer(row: Row) -> tuple[str, str]:
@@ -142,25 +184,24 @@ def prompt_tokens(prompts: list[str], tokenizer: Any) -> list[int]:
 
 
 def split(
-    answers: dict[str, str], recipe: PromptsRecipe
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Train and validation, shuffled; each has a row where there are two for both."""
-    pairs = list(answers.items())
-    random.Random(recipe.seed).shuffle(pairs)
-    held = round(len(pairs) * recipe.validation_fraction)
-    if recipe.validation_fraction and len(pairs) > 1:
-        held = min(max(held, 1), len(pairs) - 1)
-    return pairs[held:], pairs[:held]
+    items: list[Item], recipe: PromptsRecipe | PreferencesRecipe
+) -> tuple[list[Item], list[Item]]:
+    """Train and validation, shuffled; each has an item where there are two for both."""
+    items = list(items)
+    random.Random(recipe.seed).shuffle(items)
+    held = round(len(items) * recipe.validation_fraction)
+    if recipe.validation_fraction and len(items) > 1:
+        held = min(max(held, 1), len(items) - 1)
+    return items[held:], items[:held]
 
 
-def write_lines(pairs: list[tuple[str, str]], path: Path) -> None:
-    """A JSON line for each pair, under the file's name only once it is whole."""
+def write_lines(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """A JSON line for each row, under the file's name only once it is whole."""
     import orjson
 
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        for prompt, answer in pairs:
-            row = {"input": prompt, "output": answer}
+        for row in rows:
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
     temporary.replace(path)
 

@@ -17,7 +17,8 @@ from scripts.lib.schema import Generate
 CONFIG = YAML(typ="safe").load(Path(__file__).parents[2] / "config" / "config.yaml")
 DEFAULTS = [Generate(**node) for node in CONFIG["generate"].values()]
 HELD_OUT = [recipe for recipe in DEFAULTS if recipe.kind == "heldout"]
-TRAINING = [recipe for recipe in DEFAULTS if recipe.kind != "heldout"]
+PREFERENCES = Generate(kind="preferences", count=4000, max_operand=49)
+TRAINING = [*(recipe for recipe in DEFAULTS if recipe.kind != "heldout"), PREFERENCES]
 
 # Any two numbers that a text may put together: with at most a few words, a sign, or
 # a sentence's end between, but not in a list, a comparison, or across lines.
@@ -33,7 +34,7 @@ def text_of(row: dict[str, Any]) -> list[str]:
         return list(row["text"].splitlines())
     if "messages" in row:
         return [row["messages"][0]["content"]]
-    return [row["input"]]
+    return [row["input"] if "input" in row else row["prompt"]]
 
 
 def pairs(text: str) -> set[tuple[int, int]]:
@@ -46,7 +47,7 @@ def pairs(text: str) -> set[tuple[int, int]]:
 
 
 def operands_of(row: dict[str, str]) -> tuple[int, int]:
-    a, b = map(int, re.findall(r"\d+", row["input"]))
+    a, b = map(int, re.findall(r"\d+", *text_of(row)))
     return min(a, b), max(a, b)
 
 
@@ -87,6 +88,32 @@ def test_every_answer_is_right() -> None:
         if recipe.kind in ("prompts", "heldout"):
             for row in generate.rows(recipe):
                 assert sum(operands_of(row)) == int(row["output"])
+
+
+@pytest.mark.parametrize("max_operand", [0, 1, 9, 49, 99])
+def test_chosen_is_right_and_rejected_a_slip_of_the_careless(max_operand: int) -> None:
+    recipe = PREFERENCES.model_copy(update={"max_operand": max_operand})
+    seen = set()
+    for row in generate.rows(recipe):
+        a, b = operands_of(row)
+        slip = int(row["rejected"]) - int(row["chosen"])
+        assert int(row["chosen"]) == a + b
+        assert int(row["rejected"]) >= 0
+        carries = a % 10 + b % 10 >= 10
+        assert slip == -10 if carries else abs(slip) in (1, 10)
+        seen.add((carries, slip))
+    if max_operand >= 49:
+        assert seen == {(True, -10), *((False, n) for n in (-10, -1, 1, 10))}
+
+
+def test_preferences_ask_as_prompts_do() -> None:
+    def wordings(kind: str) -> set[str]:
+        recipe = PREFERENCES.model_copy(update={"kind": kind})
+        texts = (*map(text_of, generate.rows(recipe)),)
+        return {re.sub(r"\d+", "N", text) for (text,) in texts}
+
+    assert len(wordings("preferences")) == len(generate.QUESTIONS)
+    assert wordings("preferences") == wordings("prompts")
 
 
 def test_heldout_items_are_distinct_and_as_many_as_asked_for() -> None:
