@@ -148,3 +148,33 @@ rule prompts:
     """Build every `prompts:` node."""
     input:
         every("prompts"),
+
+
+for node in nodes("preferences"):
+
+    checkpoint:
+        """Split pairs of answers, one preferred, into train and validation."""
+        name:
+            f"preferences/{node}"
+        input:
+            before("preferences", node),
+        output:
+            manifest("preferences", node),
+        log:
+            f"logs/preferences/{node}.log",
+        localrule: place("preferences", node, "controller")
+        conda:
+            "../envs/transformers.yaml"
+        threads: place("preferences", node, "cpus")
+        resources:
+            **resources_of("preferences", node),
+        params:
+            node=node,
+        shell:
+            "python -m scripts.lib.run preferences {params.node}"
+
+
+rule preferences:
+    """Build every `preferences:` node."""
+    input:
+        every("preferences"),

@@ -1,4 +1,4 @@
-"""Post-training: supervised fine-tuning, then reinforcement learning."""
+"""Post-training: fine-tuning, preferences, then reinforcement learning."""
 
 for node in nodes("sft"):
 
@@ -30,10 +30,70 @@ rule sft:
         every("sft"),
 
 
+for node in nodes("dpo"):
+
+    checkpoint:
+        """Prefer chosen answers to rejected ones."""
+        name:
+            f"dpo/{node}"
+        input:
+            before("dpo", node),
+        output:
+            manifest("dpo", node),
+        log:
+            f"logs/dpo/{node}.log",
+        localrule: place("dpo", node, "controller")
+        conda:
+            "../envs/transformers.yaml"
+        threads: place("dpo", node, "cpus")
+        resources:
+            **resources_of("dpo", node),
+        params:
+            node=node,
+        shell:
+            "python -m scripts.lib.run dpo {params.node}"
+
+
+rule dpo:
+    """Build every `dpo:` node."""
+    input:
+        every("dpo"),
+
+
+for node in nodes("rm"):
+
+    checkpoint:
+        """Train a reward model on pairs of answers."""
+        name:
+            f"rm/{node}"
+        input:
+            before("rm", node),
+        output:
+            manifest("rm", node),
+        log:
+            f"logs/rm/{node}.log",
+        localrule: place("rm", node, "controller")
+        conda:
+            "../envs/transformers.yaml"
+        threads: place("rm", node, "cpus")
+        resources:
+            **resources_of("rm", node),
+        params:
+            node=node,
+        shell:
+            "python -m scripts.lib.run rm {params.node}"
+
+
+rule rm:
+    """Build every `rm:` node."""
+    input:
+        every("rm"),
+
+
 for node in nodes("grpo"):
 
     checkpoint:
-        """Optimize a policy on prompts whose answers are checked."""
+        """Optimize a policy on the rewards of its environments."""
         name:
             f"grpo/{node}"
         input:

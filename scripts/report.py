@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import cli
+from scripts.lib import cli, dapo
 from scripts.lib.draw import draw
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import ReportRecipe
@@ -39,6 +39,7 @@ QUANTITIES = {
     "reward": ("Reward", "share of right answers"),
     "loss": ("Loss", "nats a token"),
 }
+TRAINED = ("pretrain", "sft", "dpo", "rm", "grpo")
 LONGEST_SAMPLE = 4000
 LONGEST_LABEL = 28
 
@@ -269,9 +270,9 @@ def render(title: str, nodes: list[Node], drawing: str) -> str:
         summary=summary(nodes, tables),
         charts=charts,
         curves=curves,
-        trained=[n for n in nodes if n.stage in ("pretrain", "sft", "grpo")],
+        trained=[n for n in nodes if n.stage in TRAINED],
         samples=sample_tables(nodes),
-        settings={node.id: list(_flat(node.recipe)) for node in nodes},
+        settings={node.id: list(_flat(_whole(node.recipe))) for node in nodes},
         times=times(nodes),
         versions=versions(nodes),
         commits=commits(nodes),
@@ -369,6 +370,8 @@ def curve(node: Node) -> dict[str, Any] | None:
         )
         if not points:
             continue
+        if key == "reward" and [*node.recipe.get("environment", ["math"])] != ["math"]:
+            unit = "mean of the completions"
         steps, values = zip(*points, strict=True)
         best = max(points, key=lambda p: p[1]) if key == "reward" else None
         best = best or min(points, key=lambda p: p[1])
@@ -508,6 +511,14 @@ def _setting(value: object) -> str:
     if isinstance(value, str):
         return value
     return "nothing set" if value == {} else json.dumps(value, ensure_ascii=False)
+
+
+def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with what its algorithm stands for, where its overrides say no other."""
+    if recipe.get("algorithm") != "dapo":
+        return recipe
+    meant = dapo.settings(recipe["max_completion_tokens"])
+    return recipe | {"overrides": meant | recipe.get("overrides", {})}
 
 
 def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

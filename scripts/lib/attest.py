@@ -10,7 +10,10 @@ from typing import Any
 
 from scripts.lib.digest import files_in
 from scripts.lib.errors import AttestError
+from scripts.lib.stages import STAGES
 
+TUNED = ("sft", "dpo", "grpo")
+"""Stages that change a parent's weights, under its names."""
 FLOATS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -32,11 +35,11 @@ def attest(stage: str, recipe: dict[str, Any], out: Path, parent: Path | None) -
     weights = [out / n for n in names if n.endswith(".safetensors")]
     for path in weights:
         _check_weights(path)
-    if stage in ("pretrain", "sft", "grpo"):
+    if STAGES[stage].trains:
         if not weights:
             raise AttestError(str(out), "no weights: there is no .safetensors file")
         _check_step(out.parent / "metrics.jsonl", recipe["steps"])
-    if stage in ("sft", "grpo") and parent is not None:
+    if stage in TUNED and parent is not None:
         model = sorted(out.glob("*.safetensors"))
         if all(same_bytes(p, parent / p.name) for p in model):
             raise AttestError(str(out), f"training left the weights of {parent} as is")

@@ -202,6 +202,17 @@ def wanted(text: str) -> str:
     return f"one of: {listed}" if len(choices) > 1 else f"give {listed}"
 
 
+def mistyped(value: Any, text: str) -> tuple[str, str] | None:
+    """(what is wrong, hint) where the value cannot be of the type the text says."""
+    if fits(value, text):
+        return None
+    hint = wanted(text)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.I):
+        mantissa, _, exponent = value.lower().partition("e")
+        hint = f"without a point it is text to YAML: {mantissa}.0e{exponent}"
+    return f"{value!r} is not {text}", hint
+
+
 def check_overrides(overrides: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(key, what is wrong, hint) of each override that Bridge could not be given."""
     found = ((key, _wrong(key, value)) for key, value in overrides.items())
@@ -231,13 +242,7 @@ def _wrong(key: str, value: Any) -> tuple[str, str] | None:
         guess, _, rest = hint.partition("? ")
         short = f"{guess}?" if rest else f"see {section} in envs/nvidia-options.json"
         return f"{bridge()} has no {key}", short
-    if not fits(value, fields[field]):
-        hint = wanted(fields[field])
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.I):
-            mantissa, _, exponent = value.lower().partition("e")
-            hint = f"without a point it is text to YAML: {mantissa}.0e{exponent}"
-        return f"{value!r} is not {fields[field]}", hint
-    return None
+    return mistyped(value, fields[field])
 
 
 def check_recipe(name: str) -> tuple[str, str] | None:

@@ -17,15 +17,16 @@ from typing import Any, Literal, Union
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from scripts.lib import cli, graph, identity
 from scripts.lib.errors import UserError
+from scripts.lib.graph import DATA_OF
 from scripts.lib.plan import DEFAULT
 from scripts.lib.schema import (
     ClusterPlacement,
     Container,
     Data,
+    EnvironmentRecipe,
     Machine,
     Peft,
     Placement,
@@ -56,15 +57,17 @@ def kind_of(annotation: Any) -> str:
         return names[annotation]
     if annotation is Any:
         return "anything"
-    if annotation in (Peft, Released):
+    if annotation in (EnvironmentRecipe, Peft, Released):
         return "mapping"
     return str(getattr(annotation, "__name__", annotation)).lower()
 
 
 def default_of(field: FieldInfo) -> str:
     """A key's default as YAML, `required`, or nothing."""
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
+    if field.default_factory is not None:
+        return ""  # its description says
     if field.default is None or field.default == {}:
         return ""
     value = field.default
@@ -104,7 +107,9 @@ def reference() -> str:
             parts += ["Each of `tasks`:", "", *table(Task), ""]
         if name == "sft":
             parts += [f"`peft:` {summary(Peft)}", "", *table(Peft), ""]
-        if name in ("sft", "grpo"):
+        if name == "grpo":
+            parts += ["Each of `environment`:", "", *table(EnvironmentRecipe), ""]
+        if name in DATA_OF:
             parts += [f"`from:` as a mapping: {summary(Released)}", ""]
             parts += [*table(Released), ""]
     parts += ["#### `placement:`", "", summary(Placement), ""]
@@ -133,7 +138,7 @@ def mermaid() -> str:
 
 def versions() -> str:
     """What the engine nvidia was tried with, as its lock says."""
-    return of_lock(identity.LOCKS["nvidia"])
+    return of_lock(*identity.locks_of("nvidia"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pydantic
 
+from scripts.environments.mix import BUILT_IN, own_file
 from scripts.lib import identity, parallel
 from scripts.lib.errors import UserError
 from scripts.lib.load import (
@@ -24,6 +25,7 @@ from scripts.lib.load import (
 from scripts.lib.schema import (
     HUB_NAME,
     PARALLEL,
+    RL_PLACEMENT,
     Cluster,
     ClusterPlacement,
     Config,
@@ -32,7 +34,7 @@ from scripts.lib.schema import (
     Placement,
     Released,
 )
-from scripts.lib.stages import DATA, MODELS, PARENTS, STAGES
+from scripts.lib.stages import DATA, MODELS, PARENTS, STAGES, STARTED
 
 Refusal = Callable[[str, str, str], ConfigError]
 """An error at a placement key: the key, what is wrong, what to do."""
@@ -41,11 +43,18 @@ MODEL_FOLDERS = Path("config/models")
 RESERVED = {".dvc", ".git", ".snakemake", "artifacts", "logs", "state", "work"}
 """Folders of the build itself: nothing there is an input."""
 
+DATA_OF = {"sft": "pack", "dpo": "preferences", "rm": "preferences", "grpo": "prompts"}
+"""Which stage makes the data of a post-training one."""
+
 HUB = "hf:"
 """Before the name and the revision of a parent that is on the hub, for --parent."""
 
-OF_NVIDIA = {"peft"} | MegatronRecipe.__annotations__.keys()
+OF_NVIDIA = {"peft", "max_turns", "max_conversation_tokens"}
+OF_NVIDIA |= MegatronRecipe.__annotations__.keys()
 """Settings that only that engine knows."""
+
+OF_GENERATION = RL_PLACEMENT[:4]
+"""Placement that only NeMo-RL, and vLLM, know."""
 
 CONFIG_PATH = re.compile(r"[\w./-]+")
 """Config paths stand in dvc.yaml's commands."""
@@ -211,6 +220,21 @@ def build(path: Path, cluster: Path | None = None) -> Graph:
     return _Builder(config, lines, there).graph(path, files)
 
 
+def path_to(start: str, above: dict[str, list[str]]) -> str:
+    """A way from a node back to itself, as text; nothing where there is none."""
+    ways = [[start]]
+    seen: set[str] = set()
+    while ways:
+        way = ways.pop()
+        for next_ in above.get(way[-1], []):
+            if next_ == start:
+                return " <- ".join([*way, start])
+            if next_ not in seen:
+                seen.add(next_)
+                ways.append([*way, next_])
+    return ""
+
+
 class _Builder:
     """Turns the sections of a config into nodes, checking what they refer to."""
 
@@ -362,6 +386,7 @@ class _Builder:
 
     def graph(self, path: Path, files: list[Path]) -> Graph:
         self.check_names()
+        self.check_engines()
         self.check_cycles()
         nodes = []
         for stage, section in self.sections.items():
@@ -397,30 +422,55 @@ class _Builder:
 
     def check_cycles(self) -> None:
         self.released: dict[str, Released] = {}
+        self.rewards: dict[str, list[str]] = {}
         parent: dict[str, str] = {}
-        for stage in ("sft", "grpo", "export"):
+        above: dict[str, list[str]] = {}
+        for stage in STARTED:
             for name, node in self.sections[stage].items():
                 id = f"{stage}/{name}"
                 if isinstance(node.from_, Released):
                     self.released[id] = node.from_
                 else:
                     parent[id] = self.ref((stage, name, "from"), node.from_, PARENTS)
-        for start in parent:
-            path = [start]
-            while (above := parent.get(path[-1])) is not None:
-                if above in path:
-                    stage, name = start.split("/")
-                    circle = " <- ".join([*path[path.index(above) :], above])
-                    raise self.error((stage, name, "from"), f"a cycle: {circle}")
-                path.append(above)
+                self.rewards[id] = self.rewarded_by(stage, name, node)
+                above[id] = [*self.rewards[id], *filter(None, [parent.get(id)])]
+        for start in above:
+            if circle := path_to(start, above):
+                stage, name = start.split("/")
+                raise self.error((stage, name, "from"), f"a cycle: {circle}")
         self.parent = parent
+
+    def rewarded_by(self, stage: str, name: str, node: Any) -> list[str]:
+        """The reward models among a node's environments."""
+        found = []
+        for kind, settings in getattr(node, "environment", {}).items():
+            if settings.from_ is not None:
+                key = (stage, name, "environment", kind, "from")
+                found.append(self.ref(key, settings.from_, ("rm",)))
+        return found
+
+    def engine_of(self, stage: str) -> Engine:
+        """Who runs a stage: what the config says of it, where there is such a script."""
+        given = self.config.engine
+        wanted = given.get(stage, given.get("default", "transformers"))
+        return STAGES[stage].engine_of(wanted)
+
+    def check_engines(self) -> None:
+        for stage in self.config.engine:
+            if stage != "default" and stage not in STAGES:
+                raise self.error(
+                    ("engine", stage), "no such stage", nearest(stage, [*STAGES])
+                )
 
     def node(self, stage: str, name: str) -> Node:
         settings = self.sections[stage][name]
         parts: dict[str, Any] = getattr(self, f"of_{stage}", lambda name, settings: {})(
             name, settings
         )
-        engine = STAGES[stage].engine_of(self.config.engine)
+        engine = self.engine_of(stage)
+        if engine != "nvidia" and not STAGES[stage].script:
+            hint = "engine: nvidia trains it by NeMo-RL"
+            raise self.error((stage, name), f"engine {engine} has no {stage}", hint)
         self.check_engine(stage, name, engine, settings)
         recipe = self.recipe(stage, settings) | parts.get("recipe", {})
         if "sources" in parts:
@@ -436,11 +486,18 @@ class _Builder:
             tuple(parts.get("flags", [])),
             tuple(artifacts),
             tuple(dict.fromkeys(parts.get("files", []))),
-            identity.code_of(spec.script_of(engine)),
+            self.code(spec.script_of(engine), parts.get("modules", [])),
             identity.versions(spec.packages_of(engine), engine),
             self.placement(stage, name, engine),
             engine,
         )
+
+    def code(self, script: str, modules: list[str]) -> dict[str, str]:
+        """A script's code, and that of modules which it finds by name."""
+        found = dict(identity.code_of(script))
+        for module in modules:
+            found |= identity.code_of(module)
+        return dict(sorted(found.items()))
 
     def recipe(self, stage: str, settings: Any) -> dict[str, Any]:
         """The node's settings without what it refers to; unset ones left out."""
@@ -459,8 +516,10 @@ class _Builder:
         if engine != "nvidia":
             for setting in given:
                 raise self.error((*key, setting), *self.belongs(stage))
+            if getattr(settings, "algorithm", "grpo") != "grpo":
+                raise self.error((*key, "algorithm"), *self.belongs(stage))
             return
-        from scripts.lib import bridge_options
+        from scripts.lib import bridge_options, rl_options
 
         if getattr(settings, "seed", 1) < 1:
             raise self.error(
@@ -470,12 +529,17 @@ class _Builder:
             found := bridge_options.check_recipe(settings.recipe)
         ):
             raise self.error((*key, "recipe"), *found)
-        for setting, what, hint in bridge_options.check_overrides(
-            getattr(settings, "overrides", None) or {}
+        overrides = getattr(settings, "overrides", None) or {}
+        by_nemo_rl = STAGES[stage].nvidia_launcher == "ray"
+        for setting, what, hint in (
+            rl_options.check_overrides(stage, overrides)
+            if by_nemo_rl
+            else bridge_options.check_overrides(overrides)
         ):
             raise self.error((*key, "overrides", setting), what, hint)
         id = f"{stage}/{name}"
-        known = None if id in self.parent else self.model_config(id)
+        starts = stage == "pretrain" or id in self.released
+        known = self.model_config(id) if starts else None
         if known and (found := bridge_options.check_architecture(known[1])):
             at = "model" if stage == "pretrain" else "from"
             raise self.error((*key, at), *found)
@@ -515,6 +579,8 @@ class _Builder:
             return ConfigError(lines.where(*found), what, hint)
 
         if engine == "nvidia":
+            placed = self.with_backend(stage, name, placed)
+            result["backend"] = placed.backend
             self.check_parallel(stage, name, placed, refuse)
         else:
             for_it = {key for key, (_, here) in at.items() if here[1] != "default"}
@@ -528,6 +594,14 @@ class _Builder:
             result["container"] = container
         return result
 
+    def with_backend(self, stage: str, name: str, placed: Any) -> Any:
+        """The placement with what NeMo-RL trains with, chosen where it is not set."""
+        if STAGES[stage].nvidia_launcher != "ray" or placed.backend is not None:
+            return placed
+        known = self.model_config(f"{stage}/{name}")
+        chosen = parallel.backend_of(stage, placed, known[1] if known else None)
+        return placed.model_copy(update={"backend": chosen})
+
     def placement_hint(self, key: str) -> str:
         if key in ClusterPlacement.model_fields:
             return "it belongs in the cluster's file: slurm/cluster.yaml"
@@ -538,23 +612,43 @@ class _Builder:
     ) -> None:
         """Sizes that Megatron can split this model and its batch by."""
         settings = self.sections[stage][name]
+        if stage == "eval":
+            for key, what, hint in parallel.of_eval(placed, self.evaluated(name)):
+                raise refuse(key, what, hint)
+            return
         known = self.model_config(f"{stage}/{name}")
+        model = known[1] if known else None
         length = getattr(settings, "sequence_length", None)
         if stage == "sft":
             packed = self.ref((stage, name, "data"), settings.data, ("pack",))
             length = self.sections["pack"][packed.split("/")[1]].sequence_length
-        for key, what, hint in parallel.problems(
+        found = []
+        if STAGES[stage].nvidia_launcher == "ray":
+            found = list(parallel.of_rl(stage, placed, model))
+            if stage == "grpo":
+                training = max(0, placed.gpus - placed.generation_gpus)
+                placed = placed.model_copy(update={"gpus": training})
+        found += parallel.problems(
             stage,
             placed,
-            known[1] if known else None,
+            model,
             getattr(settings, "batch_size", None),
             length,
             getattr(settings, "precision", None),
             settings.peft.method if getattr(settings, "peft", None) else None,
-        ):
+        )
+        for key, what, hint in found:
             if key in Placement.model_fields:
                 raise refuse(key, what, hint)
             raise self.error((stage, name, key), what, hint)
+
+    def evaluated(self, name: str) -> list[dict[str, Any]]:
+        """The definitions of the models that an eval node scores, where they are here."""
+        named = [
+            self.model_config(self.ref(("eval", name, "from"), n, MODELS))
+            for n in self.sections["eval"][name].from_
+        ]
+        return [known[1] for known in named if known]
 
     def check_of_nvidia(
         self, stage: str, placed: Placement, given: set[str], refuse: Refusal
@@ -563,7 +657,7 @@ class _Builder:
 
         What is given for all stages is for those that know it.
         """
-        for key in (*PARALLEL, "python"):
+        for key in (*PARALLEL, *OF_GENERATION, "python"):
             default = Placement.model_fields[key].default
             if key in given and getattr(placed, key) != default:
                 raise refuse(key, *self.belongs(stage))
@@ -654,21 +748,24 @@ class _Builder:
     def of_pack(self, name: str, node: Any) -> dict[str, Any]:
         return self.with_tokenizer("pack", name, node, ("chats",))
 
+    def of_preferences(self, name: str, node: Any) -> dict[str, Any]:
+        return self.with_tokenizer("preferences", name, node, ("preferences",))
+
     def of_prompts(self, name: str, node: Any) -> dict[str, Any]:
-        return self.with_tokenizer("prompts", name, node, ("prompts",))
+        return self.with_tokenizer("prompts", name, node, ("prompts", "puzzles"))
 
     def tokenizer_of(self, id: str) -> str:
         """The id of the tokenizer that a node's tokens are made with."""
         stage, name = id.split("/")
-        if stage in ("tokenize", "pack", "prompts"):
+        if stage in ("tokenize", *DATA_OF.values()):
             return f"tokenizer/{self.sections[stage][name].tokenizer.split('/')[-1]}"
         if stage == "pretrain":
             data = self.sections[stage][name].data.split("/")[-1]
             return self.tokenizer_of(f"tokenize/{data}")
         if id in self.released:  # its data's, which is compared with the model's own
-            key, made_by = (stage, name, "data"), {"sft": "pack", "grpo": "prompts"}
             data = self.sections[stage][name].data
-            return self.tokenizer_of(self.ref(key, data, (made_by[stage],)))
+            made_by = DATA_OF[stage]
+            return self.tokenizer_of(self.ref((stage, name, "data"), data, (made_by,)))
         return self.tokenizer_of(self.parent[id])
 
     def model_config(self, id: str) -> tuple[str, dict[str, Any]] | None:
@@ -748,15 +845,13 @@ class _Builder:
                 f"{node.warmup_steps} of {node.steps} steps leaves none to train",
             )
 
-    def post_training(
-        self, stage: str, name: str, node: Any, data: str
-    ) -> dict[str, Any]:
+    def post_training(self, stage: str, name: str, node: Any) -> dict[str, Any]:
         """Where a node starts and its data node, made with one tokenizer.
 
         As parts of a node: parents, files, flags, and what its recipe has of them.
         """
         key = (stage, name)
-        id = self.ref((*key, "data"), node.data, (data,))
+        id = self.ref((*key, "data"), node.data, (DATA_OF[stage],))
         self.check_warmup(key, node)
         if isinstance(node.from_, Released):
             parts = self.from_released(key, node.from_, self.tokenizer_of(id))
@@ -807,11 +902,13 @@ class _Builder:
 
     def from_hub(self, key: tuple[str, ...], model: Released) -> dict[str, Any]:
         """Parts of a node that starts from a model on the hub."""
-        if STAGES[key[0]].engine_of(self.config.engine) != "nvidia":
+        engine = self.engine_of(key[0])
+        if engine != "nvidia" or key[0] != "sft":
+            by = "" if engine == "nvidia" else "runs on engine transformers, which "
             raise self.error(
                 (*key, "from", "hf"),
-                f"{key[0]} runs on engine transformers, which takes no model from the "
-                "hub, and there is no such folder here",
+                f"{key[0]} {by}takes no model from the hub, and there is no such folder "
+                "here",
                 "give a local folder",
             )
         if model.revision is None:
@@ -829,7 +926,7 @@ class _Builder:
         key = ("sft", name)
         if node.parent is not None:
             raise self.error((*key, "parent"), "unknown key", "did you mean `from`?")
-        parts = self.post_training("sft", name, node, "pack")
+        parts = self.post_training("sft", name, node)
         packed = parts["parents"][-1]
         length = self.sections["pack"][packed.split("/")[1]].sequence_length
         self.fits((*key, "data"), length, f"{packed} has rows", f"sft/{name}")
@@ -838,7 +935,7 @@ class _Builder:
 
     def of_grpo(self, name: str, node: Any) -> dict[str, Any]:
         key = ("grpo", name)
-        parts = self.post_training("grpo", name, node, "prompts")
+        parts = self.post_training("grpo", name, node)
         prompts = parts["parents"][-1]
         if node.batch_size % node.num_generations:
             raise self.error(
@@ -857,6 +954,73 @@ class _Builder:
             f"grpo/{name}",
         )
         parts["flags"].append(("--prompts", self.content(prompts)))
+        return self.with_environments(name, node, parts)
+
+    def with_environments(
+        self, name: str, node: Any, parts: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A grpo node's parts with what its environments are made of."""
+        recipe = {}
+        for kind, settings in node.environment.items():
+            key = ("grpo", name, "environment", kind)
+            own = settings.import_
+            if own is None and kind not in BUILT_IN:
+                hint = nearest(kind, [*BUILT_IN])
+                if kind == "nemo_gym":
+                    hint = "NeMo-RL 0.7.0 runs it by another entry point, with servers"
+                raise self.error(key, "no such environment", hint)
+            if (settings.from_ is None) == (kind == "reward_model" and not own):
+                what = "missing" if settings.from_ is None else "unknown key"
+                hint = "name an rm node: `reward_model: {from: helpful}`"
+                raise self.error((*key, "from"), what, hint)
+            if settings.from_ and self.engine_of("grpo") != "nvidia":
+                raise self.error(key, *self.belongs("grpo"))
+            files = parts.setdefault("files", [])
+            if own is None:
+                module = BUILT_IN[kind].partition(":")[0]
+                parts.setdefault("modules", []).append(module)
+            else:
+                files.append(self.existing((*key, "import"), str(own_file(own)[0])))
+            tools = (settings.settings or {}).get("tools")
+            for tool in tools.values() if isinstance(tools, dict) else ():
+                path = tool.get("import") if isinstance(tool, dict) else None
+                if isinstance(path, str) and ":" in path:
+                    at = (*key, "settings", "tools")
+                    files.append(self.existing(at, str(own_file(path)[0])))
+            recipe[kind] = settings.model_dump(
+                by_alias=True, exclude_none=True, exclude={"from_"}
+            )
+        for rm in self.rewards[f"grpo/{name}"]:
+            parts["parents"].append(rm)
+            parts["flags"].append(("--reward-model", self.content(rm)))
+        parts["recipe"] = parts.get("recipe", {}) | {"environment": recipe}
+        turns = node.max_turns or 1
+        if turns > 1 and node.max_conversation_tokens is None:
+            raise self.error(
+                ("grpo", name, "max_conversation_tokens"),
+                f"missing, with max_turns {turns}",
+                "the longest conversation, in tokens",
+            )
+        if longest := node.max_conversation_tokens:
+            limited = ("grpo", name, "max_conversation_tokens")
+            self.fits(limited, longest, "conversations", f"grpo/{name}")
+        return parts
+
+    def of_dpo(self, name: str, node: Any) -> dict[str, Any]:
+        return self.of_pairs("dpo", name, node)
+
+    def of_rm(self, name: str, node: Any) -> dict[str, Any]:
+        return self.of_pairs("rm", name, node)
+
+    def of_pairs(self, stage: str, name: str, node: Any) -> dict[str, Any]:
+        """A node that learns from pairs of answers."""
+        parts = self.post_training(stage, name, node)
+        pairs = parts["parents"][-1]
+        longest = self.sections["preferences"][pairs.split("/")[1]].max_tokens
+        self.fits(
+            (stage, name, "data"), longest, f"{pairs} has pairs", f"{stage}/{name}"
+        )
+        parts["flags"].append(("--preferences", self.content(pairs)))
         return parts
 
     def of_export(self, name: str, node: Any) -> dict[str, Any]:

@@ -21,6 +21,9 @@ LOCKS: dict[Engine, Path] = {
     "nvidia": Path("envs/nvidia.lock"),
 }
 
+OF_RL = Path("envs/nemo-rl.lock")
+"""What the engine nvidia takes from NVIDIA's container alone."""
+
 NEUTRAL = {f"scripts.lib.{name}" for name in ("cli", "errors", "progress", "schema")}
 NEUTRAL |= {"scripts.nvidia.parity"}
 """Modules that cannot change a result: the recipe they check is identity itself, and a
@@ -132,20 +135,41 @@ def code_of(script: str) -> dict[str, str]:
     return code
 
 
+def as_now(code: dict[str, str]) -> dict[str, str]:
+    """These files' digests as they are now; of what is gone, an empty one."""
+    found = {}
+    for file in code:
+        path = Path(file)
+        if not path.is_file():
+            found[file] = ""
+        elif path.suffix == ".py":
+            found[file] = _module_digest(".".join(path.with_suffix("").parts))
+        else:
+            found[file] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
+
+
 def forget() -> None:
     """Read the code and the locks anew from here on."""
     for cached in (_tree, modules_of, _module_digest, code_of, pins):
         cached.cache_clear()
 
 
+def locks_of(engine: Engine) -> list[Path]:
+    """The lock files that pin an engine's packages."""
+    return [LOCKS[engine], *([OF_RL] if engine == "nvidia" else [])]
+
+
 @functools.cache
 def pins(engine: Engine = "transformers") -> dict[str, str]:
     """{package: version} of an engine's lock file, as pip reads it, hashes or not."""
-    lock = LOCKS[engine]
-    try:
-        text = lock.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(str(lock), f"no such file, with engine: {engine}") from error
+    text = ""
+    for lock in locks_of(engine):
+        try:
+            text += lock.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            where, what = str(lock), f"no such file, with engine: {engine}"
+            raise UserError(where, what) from error
     found = re.findall(r"(?m)^([\w.-]+)(?:\[[^\]]*\])?\s*==\s*([^\s;#\\]+)", text)
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
 

@@ -17,6 +17,8 @@ STOP = "stop"
 """A file of this name in --work asks to save and stop; whoever asks removes it."""
 STOPPED = "stopped"
 """Holds the step a run stopped at after a save: torchrun hides exit codes."""
+WARNING = "warning.txt"
+"""Holds what a script has to say while it runs; the runner shows it once."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

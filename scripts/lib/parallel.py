@@ -32,6 +32,12 @@ BEFORE_FP8 = {"p100", "v100", "t4", "a10", "a16", "a30", "a40", "a100"}
 
 FP8_MULTIPLE = 16
 
+RL_CPUS = 4
+"""Cores that NeMo-RL's actors of one GPU ask of Ray: two for its workers, and others."""
+
+SMALL = 4e9
+"""Parameters below which a dense model is trained by DTensor, where nothing is said."""
+
 
 def problems(
     stage: str,
@@ -55,6 +61,114 @@ def problems(
         found += _of_precision(placed, model, precision)
         found += _of_adapter(placed, model, peft)
     return found
+
+
+def backend_of(stage: str, placed: Placement, model: dict[str, Any] | None) -> str:
+    """What NeMo-RL trains a node with where its placement does not say.
+
+    Reward models are DTensor's alone. Otherwise Megatron, which splits a model in more
+    ways and knows Mamba and experts; a small dense model on few GPUs needs none of it,
+    and DTensor starts without converting it.
+    """
+    if stage == "rm":
+        return "dtensor"
+    split = placed.pipeline_parallel * placed.context_parallel * placed.expert_parallel
+    plain = model is not None and not has_experts(model) and not is_hybrid(model)
+    small = model is not None and size_of(model) < SMALL
+    return "dtensor" if plain and small and split == 1 else "megatron"
+
+
+def has_experts(model: dict[str, Any]) -> bool:
+    """Whether a model has layers of experts."""
+    return any(
+        model.get(k) for k in ("num_experts", "n_routed_experts", "num_local_experts")
+    )
+
+
+def is_hybrid(model: dict[str, Any]) -> bool:
+    """Whether layers other than attention and MLP are among a model's."""
+    return bool(model.get("hybrid_override_pattern") or model.get("layers_block_type"))
+
+
+def size_of(model: dict[str, Any]) -> float:
+    """About how many parameters a dense transformer of this config.json has."""
+    width, layers = model.get("hidden_size", 0), model.get("num_hidden_layers", 0)
+    inner, words = model.get("intermediate_size", 4 * width), model.get("vocab_size", 0)
+    return float(layers * (4 * width * width + 3 * width * inner) + words * width)
+
+
+def of_rl(
+    stage: str, placed: Placement, model: dict[str, Any] | None
+) -> Iterator[Problem]:
+    """What NeMo-RL would refuse besides, of how it is placed."""
+    if stage == "rm" and placed.backend == "megatron":
+        yield "backend", "NeMo-RL has no reward models on Megatron", "backend: dtensor"
+    if stage == "rm" and model is not None and is_hybrid(model):
+        kind = model.get("model_type", "hybrid")
+        what = (
+            f"Transformers has no classifier of {kind} models, which an rm node needs"
+        )
+        yield "from", what, "start from a transformer: Llama, Qwen"
+    if placed.backend == "dtensor" and model is not None and has_experts(model):
+        what = "what dtensor saves of experts has other names than a model's folder"
+        if stage == "rm":
+            yield "from", what, "start from a model without experts"
+        else:
+            yield "backend", what, "backend: megatron"
+    if placed.backend != "megatron":
+        for key in ("pipeline_parallel", "expert_parallel", "expert_tensor_parallel"):
+            if getattr(placed, key) > 1:
+                yield key, f"{placed.backend} cannot split by it", "backend: megatron"
+    if placed.virtual_pipeline is not None:
+        yield "virtual_pipeline", "NeMo-RL has none", "leave it out"
+    if placed.cpus < RL_CPUS:
+        what = f"{placed.cpus}, but Ray starts NeMo-RL's workers on {RL_CPUS} at least"
+        yield "cpus", what, f"cpus: {2 * RL_CPUS}"
+    if stage == "grpo":
+        yield from _of_generation(placed, model)
+
+
+def _of_generation(
+    placed: Placement, model: dict[str, Any] | None
+) -> Iterator[Problem]:
+    apart, width = placed.generation_gpus, placed.generation_tensor_parallel
+    if apart and placed.nodes > 1:
+        what = f"{apart} of each machine, but NeMo-RL sets GPUs of one machine apart"
+        yield "generation_gpus", what, "leave it out, or nodes: 1"
+        return
+    if apart and apart >= placed.gpus:
+        yield "generation_gpus", f"{apart} of {placed.gpus} leave none to train", ""
+        return
+    generating = apart or placed.gpus
+    if generating % width:
+        yield (
+            "generation_tensor_parallel",
+            f"{width} does not divide the {generating} GPUs that generate on a machine",
+            f"one of {divisors(generating)}",
+        )
+    heads = (model or {}).get("num_attention_heads")
+    if isinstance(heads, int) and heads % width:
+        yield (
+            "generation_tensor_parallel",
+            f"num_attention_heads {heads} does not divide among {width}",
+            f"one of {divisors(heads)}",
+        )
+
+
+def of_eval(placed: Placement, models: list[dict[str, Any]]) -> Iterator[Problem]:
+    """What vLLM would refuse of how it is placed."""
+    if not placed.gpus:
+        yield "gpus", "eval on engine nvidia needs a GPU", "gpus: 1"
+        return
+    width = placed.tensor_parallel
+    if width > placed.gpus:
+        yield "tensor_parallel", f"{width}, but {placed.gpus} GPUs", f"{placed.gpus}"
+        return
+    for model in models:
+        heads = model.get("num_attention_heads")
+        if isinstance(heads, int) and heads % width:
+            what = f"num_attention_heads {heads} does not divide among {width}"
+            yield "tensor_parallel", what, f"one of {divisors(heads)}"
 
 
 def is_sequence_parallel(placed: Placement) -> bool:

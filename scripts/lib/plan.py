@@ -79,7 +79,9 @@ def lines(store: Store, all_nodes: bool) -> list[str]:
     for id, (what, reasons) in shown.items():
         said = [r for r in reasons if what == "may run" or not r.startswith(MAY)]
         note = "; ".join(r.removesuffix(HARMED) for r in said)
-        text.append(f"{what:8} {id:{width}}  {note}".rstrip())
+        backend = store.graph.nodes[id].placement.get("backend")
+        by = f"  (backend {backend})" if backend else ""
+        text.append(f"{what:8} {id:{width}}  {note}{by}".rstrip())
     return text
 
 

@@ -33,13 +33,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from scripts.lib import cli, graph, identity, launch, slurm
+from scripts.lib import cli, graph, identity, launch, outputs, slurm
 from scripts.lib.attest import attest
 from scripts.lib.digest import Memory, md5_file, tree_digest, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.progress import say
-from scripts.lib.schema import PARALLEL
 from scripts.lib.stages import STAGES
 from scripts.lib.store import (
     GRAPH,
@@ -271,7 +270,8 @@ class Job:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree("scripts", copy / "scripts", ignore=ignored)
         identity.forget()
-        if identity.code_of(self.node.script) != self.node.code:
+        own = identity.code_of(self.node.script)
+        if own | identity.as_now(self.node.code) != self.node.code:
             raise UserError(
                 self.node.id, "its code changed since it was planned", "run again"
             )
@@ -511,10 +511,18 @@ class Job:
                 if text and text != shown:
                     say(self.node.id, text)
                 shown, last = text, now
+                self.pass_on_warning()
                 self.seconds = before + now - began
                 write_atomic(clock, json.dumps(self.seconds))
             if code is not None:
                 return code
+
+    def pass_on_warning(self) -> None:
+        """Say what the script has to say while it runs, once."""
+        warning = self.work / outputs.WARNING
+        if warning.exists():
+            say(self.node.id, f"warning: {warning.read_text()}")
+            warning.unlink()
 
     def explain(self, code: int, log: Path) -> None:
         """Raise what the script's last lines say; a launcher's own come after them."""
@@ -555,7 +563,7 @@ class Job:
         seen = self.work / "environment.json"  # by a script with a Python of its own
         its = json.loads(seen.read_text()) if seen.exists() else {}
         gpus = node.placement["gpus"] * node.placement["nodes"]
-        locks = [identity.LOCKS["transformers"], identity.LOCKS[node.engine]]
+        locks = [identity.LOCKS["transformers"], *identity.locks_of(node.engine)]
         return {
             "node": node.id,
             "recipe": node.recipe,
@@ -664,7 +672,7 @@ def placement_flags(node: Node) -> list[str]:
     """What its script is told of where it runs."""
     flags: list[str] = []
     if node.engine == "nvidia":
-        for key in PARALLEL:
+        for key in STAGES[node.stage].nvidia_flags:
             value = node.placement.get(key)
             if value is not None:
                 text = str(value).lower() if isinstance(value, bool) else str(value)

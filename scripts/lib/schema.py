@@ -71,9 +71,12 @@ class Data(Rows):
 class Generate(Strict):
     """Data from the project's own deterministic generator: arithmetic."""
 
-    kind: Literal["documents", "chats", "prompts", "heldout"] = Field(
+    kind: Literal[
+        "documents", "chats", "prompts", "preferences", "puzzles", "heldout"
+    ] = Field(
         description="What to make: text for pretraining, chats for SFT, prompts with "
-        "checkable answers for GRPO, or the held-out set for eval."
+        "checkable answers for GRPO, preferences (pairs of answers) for DPO and reward "
+        "models, or the held-out set for eval."
     )
     count: Positive = Field(description="Rows to make.")
     max_operand: Positive = Field(99, description="Largest operand of a sum.")
@@ -148,6 +151,26 @@ class PromptsRecipe(Sources):
 class Prompts(PromptsRecipe):
     tokenizer: str = Field(description="Tokenizer node, to measure prompts with.")
     data: Names = Field(description="Datasets with `input` and `output`.")
+
+
+class PreferencesRecipe(Sources):
+    """Pairs of answers, one preferred, split into train and validation."""
+
+    max_tokens: Positive = Field(
+        description="Longest conversation with its answer, rendered as chat."
+    )
+    validation_fraction: Fraction = Field(0.05, description="Share held back.")
+    seed: int = Field(0, description="Seed of the order and the split.")
+    drop_equal: bool = Field(
+        False,
+        description="Drop pairs whose sides are equal, and count them; otherwise they "
+        "are refused.",
+    )
+
+
+class Preferences(PreferencesRecipe):
+    tokenizer: str = Field(description="Tokenizer node, to measure with.")
+    data: Names = Field(description="Datasets with `prompt`, `chosen` and `rejected`.")
 
 
 class TrainingRecipe(Strict):
@@ -251,16 +274,68 @@ class SftRecipe(MegatronRecipe):
 class Sft(SftRecipe):
     from_: Parent = Field(
         alias="from",
-        description="Parent: a pretrain, sft or grpo node, or a released model.",
+        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
     )
     data: str = Field(description="Pack node.")
 
 
-class GrpoRecipe(TrainingRecipe):
-    """Group relative policy optimization with checked answers as reward."""
+class EnvironmentRecipe(Strict):
+    """One source of rewards."""
 
-    environment: Literal["math"] = Field(
-        "math", description="Where rewards come from: `math` checks the answer."
+    weight: float = Field(1.0, description="Its reward is multiplied by this.")
+    import_: (
+        Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*:[A-Za-z_]\w*$")] | None
+    ) = Field(
+        None,
+        alias="import",
+        description="Your own, under a name of yours: `package.module:Class` of this "
+        "project.",
+    )
+    from_: str | None = Field(
+        None, alias="from", description="`reward_model`: the rm node that rewards."
+    )
+    settings: dict[str, Any] | None = Field(
+        None, description="What its class is given by name."
+    )
+
+
+def _environment(value: object) -> object:
+    return {value: {}} if isinstance(value, str) else value
+
+
+class RlRecipe(TrainingRecipe):
+    """What only NeMo-RL can be told."""
+
+    overrides: dict[str, Any] | None = Field(
+        None, description="nvidia: settings of NeMo-RL's YAML, `section.key: value`."
+    )
+
+
+class GrpoRecipe(RlRecipe):
+    """Group relative policy optimization: reward minus the mean of its group."""
+
+    algorithm: Literal["grpo", "dapo"] = Field(
+        "grpo",
+        description="`dapo`: dynamic sampling, asymmetric clipping, overlong shaping, "
+        "token-level loss.",
+    )
+    environment: Annotated[
+        dict[NodeName, EnvironmentRecipe],
+        BeforeValidator(_environment),
+        Field(min_length=1),
+    ] = Field(
+        default_factory=lambda: {"math": EnvironmentRecipe.model_validate({})},
+        description="Where rewards come from: one by name, or several, each with its "
+        "settings: `math`, `code`, `tool_use`, `sliding_puzzle`, `reward_model`, or "
+        "your own. Default: `math`.",
+    )
+    max_turns: Positive | None = Field(
+        None,
+        description="nvidia: turns of the model in a conversation, at most. Default: 1.",
+    )
+    max_conversation_tokens: Positive | None = Field(
+        None,
+        description="nvidia: longest conversation; needed with several turns.",
     )
     num_generations: Annotated[int, Field(ge=2)] = Field(
         8, description="Completions a prompt; divides batch_size."
@@ -274,11 +349,57 @@ class GrpoRecipe(TrainingRecipe):
         Field("constant", description="Schedule after the warmup.")
     )
 
+    def environments(self) -> dict[str, dict[str, Any]]:
+        """The environments' settings by name, as `scripts.environments.mix` takes them."""
+        return {
+            name: found.model_dump(by_alias=True, exclude_none=True)
+            for name, found in self.environment.items()
+        }
+
+
+class PairsRecipe(RlRecipe):
+    """Settings of what learns from pairs of answers; a batch counts pairs."""
+
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = (
+        Field("cosine", description="Schedule after the warmup.")
+    )
+
+
+class DpoRecipe(PairsRecipe):
+    """Direct preference optimization: prefer the chosen answer to the rejected one."""
+
+    beta: Rate = Field(
+        0.05, description="How closely the model stays with its parent: more is closer."
+    )
+    sft_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the chosen answers' own loss."
+    )
+
+
+class Dpo(DpoRecipe):
+    from_: Parent = Field(
+        alias="from",
+        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
+    )
+    data: str = Field(description="Preferences node.")
+
+
+class RmRecipe(PairsRecipe):
+    """Train a reward model (Bradley-Terry): one number for an answer."""
+
+
+class Rm(RmRecipe):
+    from_: Parent = Field(
+        alias="from",
+        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
+    )
+    data: str = Field(description="Preferences node.")
+
 
 class Grpo(GrpoRecipe):
     from_: Parent = Field(
         alias="from",
-        description="Parent: a pretrain, sft or grpo node, or a released model.",
+        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
     )
     data: str = Field(description="Prompts node.")
 
@@ -289,7 +410,7 @@ class ExportRecipe(Strict):
 
 class Export(ExportRecipe):
     from_: str = Field(
-        alias="from", description="Parent: a pretrain, sft or grpo node."
+        alias="from", description="Parent: a pretrain, sft, dpo or grpo node."
     )
 
 
@@ -396,6 +517,22 @@ class Placement(Strict):
     distributed_optimizer: bool = Field(
         True, description="nvidia: share the optimizer's state among the replicas."
     )
+    backend: Literal["megatron", "dtensor", "automodel"] | None = Field(
+        None,
+        description="nvidia: what NeMo-RL trains with, Megatron or PyTorch's DTensor. "
+        "Default: by the model and how it is split; `make plan` shows it.",
+    )
+    generation_gpus: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="nvidia, grpo: GPUs of a machine that only generate. Default: all "
+        "do both in turn.",
+    )
+    generation_tensor_parallel: Positive = Field(
+        1, description="nvidia, grpo: GPUs that share vLLM's copy of the model."
+    )
+    generation_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.6, description="nvidia, grpo: share of a GPU's memory that vLLM may take."
+    )
     python: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="nvidia: interpreter that has the engine's packages, where there "
@@ -415,6 +552,17 @@ PARALLEL = (
     "distributed_optimizer",
 )
 """Placement that a script of the engine nvidia is told."""
+
+RL_PLACEMENT = (
+    "backend",
+    "generation_gpus",
+    "generation_tensor_parallel",
+    "generation_memory",
+    "nodes",
+    "gpus",
+    "cpus",
+)
+"""Placement that a script of NeMo-RL is told besides."""
 
 SlurmName = Annotated[str, StringConstraints(pattern=r"^[\w.,@+-]+$")]
 
@@ -484,6 +632,14 @@ class Cluster(Strict):
     )
 
 
+def _one_engine() -> dict[str, Engine]:
+    return {"default": "transformers"}
+
+
+def _engines(value: object) -> object:
+    return {"default": value} if isinstance(value, str) else value
+
+
 class Config(Strict):
     """The whole pipeline in one file."""
 
@@ -491,10 +647,10 @@ class Config(Strict):
         None,
         description="Another config, relative to this one, that this one overlays.",
     )
-    engine: Engine = Field(
-        "transformers",
-        description="Who trains: `transformers` (CPU, or GPUs by DDP), `nvidia` "
-        "(Megatron-Bridge).",
+    engine: Annotated[dict[str, Engine], BeforeValidator(_engines)] = Field(
+        default_factory=_one_engine,
+        description="Who trains and scores: `transformers` (CPU, or GPUs by DDP) or "
+        "`nvidia` (Megatron-Bridge, NeMo-RL, vLLM); or by stage, with a `default`.",
     )
     data: dict[NodeName, Data] = Field({}, description="Your datasets by name.")
     generate: dict[NodeName, Generate] = {}
@@ -502,8 +658,11 @@ class Config(Strict):
     tokenize: dict[NodeName, Tokenize] = {}
     pack: dict[NodeName, Pack] = {}
     prompts: dict[NodeName, Prompts] = {}
+    preferences: dict[NodeName, Preferences] = {}
     pretrain: dict[NodeName, Pretrain] = {}
     sft: dict[NodeName, Sft] = {}
+    dpo: dict[NodeName, Dpo] = {}
+    rm: dict[NodeName, Rm] = {}
     grpo: dict[NodeName, Grpo] = {}
     export: dict[NodeName, Export] = {}
     eval: dict[NodeName, Eval] = {}

@@ -21,6 +21,9 @@ _MEGATRON = (
     "numpy",
 )
 _MEGATRON_TRAIN = (*_MEGATRON, "mamba-ssm", "causal-conv1d")
+_NEMO_RL = ("nemo-rl", "vllm", "ray")
+"""What else its stages use, NeMo-RL's version decides."""
+_RL_FLAGS = (*schema.PARALLEL, *schema.RL_PLACEMENT)
 
 Launcher = Literal["", "torchrun", "ray"]
 
@@ -32,8 +35,10 @@ class Stage:
     `content` is the folder of an artifact that descendants read. `packages` are
     those whose version can change a result: they are part of a node's identity,
     at the version that the engine's lock pins. `launcher` starts the processes of
-    those that can have several. `nvidia` is the script of that engine, always under
-    torchrun; a stage without one is run by transformers whatever the config's engine.
+    those that can have several. `nvidia` is the script of that engine, started by
+    `nvidia_launcher`; a stage without one is run by transformers whatever the config's
+    engine, and one without `script` by nvidia alone. `nvidia_flags` are the placement
+    that its script there is told.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Stage:
     launcher: Launcher = ""
     nvidia: str = ""
     nvidia_packages: tuple[str, ...] = ()
+    nvidia_launcher: Launcher = "torchrun"
+    nvidia_flags: tuple[str, ...] = schema.PARALLEL
 
     def engine_of(self, wanted: schema.Engine) -> schema.Engine:
         """The engine that runs this stage where the config wants `wanted`."""
@@ -58,7 +65,7 @@ class Stage:
         return self.nvidia_packages if engine == "nvidia" else self.packages
 
     def launcher_of(self, engine: schema.Engine) -> Launcher:
-        return "torchrun" if engine == "nvidia" else self.launcher
+        return self.nvidia_launcher if engine == "nvidia" else self.launcher
 
 
 STAGES: dict[str, Stage] = {
@@ -104,6 +111,14 @@ STAGES: dict[str, Stage] = {
             (*_HF, "jinja2"),
         ),
         Stage(
+            "preferences",
+            "scripts.data.preferences",
+            "data",
+            schema.Preferences,
+            schema.PreferencesRecipe,
+            (*_HF, "jinja2"),
+        ),
+        Stage(
             "pretrain",
             "scripts.transformers.pretrain",
             "model",
@@ -128,6 +143,30 @@ STAGES: dict[str, Stage] = {
             nvidia_packages=_MEGATRON_TRAIN,
         ),
         Stage(
+            "dpo",
+            "",
+            "model",
+            schema.Dpo,
+            schema.DpoRecipe,
+            trains=True,
+            nvidia="scripts.nvidia.dpo",
+            nvidia_packages=_NEMO_RL,
+            nvidia_launcher="ray",
+            nvidia_flags=_RL_FLAGS,
+        ),
+        Stage(
+            "rm",
+            "",
+            "model",
+            schema.Rm,
+            schema.RmRecipe,
+            trains=True,
+            nvidia="scripts.nvidia.rm",
+            nvidia_packages=_NEMO_RL,
+            nvidia_launcher="ray",
+            nvidia_flags=_RL_FLAGS,
+        ),
+        Stage(
             "grpo",
             "scripts.transformers.grpo",
             "model",
@@ -135,6 +174,10 @@ STAGES: dict[str, Stage] = {
             schema.GrpoRecipe,
             (*_TRAIN, "trl", "datasets", "math-verify"),
             trains=True,
+            nvidia="scripts.nvidia.grpo",
+            nvidia_packages=_NEMO_RL,
+            nvidia_launcher="ray",
+            nvidia_flags=_RL_FLAGS,
         ),
         Stage(
             "export",
@@ -153,6 +196,10 @@ STAGES: dict[str, Stage] = {
             schema.Eval,
             schema.EvalRecipe,
             (*_HF, "torch", "lm-eval", "datasets", "jinja2", "scipy"),
+            nvidia="scripts.nvidia.eval",
+            nvidia_packages=("vllm", "lm-eval"),
+            nvidia_launcher="",
+            nvidia_flags=("tensor_parallel", "generation_memory"),
         ),
         Stage(
             "report",
@@ -165,11 +212,14 @@ STAGES: dict[str, Stage] = {
     )
 }
 
-DATA = ("generate", "tokenizer", "tokenize", "pack", "prompts")
+DATA = ("generate", "tokenizer", "tokenize", "pack", "prompts", "preferences")
 """Stages that prepare data; they run on CPUs and finish before training starts."""
 
-MODELS = ("pretrain", "sft", "grpo", "export")
-"""Stages whose artifact is a model; their nodes' names are unique together."""
+MODELS = ("pretrain", "sft", "dpo", "grpo", "export")
+"""Stages whose artifact is a language model; their nodes' names are unique together."""
 
-PARENTS = ("pretrain", "sft", "grpo")
+STARTED = ("sft", "dpo", "rm", "grpo", "export")
+"""Stages that start from a model: their nodes say `from`."""
+
+PARENTS = ("pretrain", "sft", "dpo", "grpo")
 """Stages that a post-training node may start from."""

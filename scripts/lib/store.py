@@ -33,7 +33,7 @@ from ruamel.yaml import YAML
 from scripts.lib.digest import Cache, Memory, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
-from scripts.lib.identity import LOCKS
+from scripts.lib.identity import LOCKS, locks_of
 
 STATE = Path("state")
 RUN_LOCK = STATE / "run.lock"
@@ -148,7 +148,8 @@ class Store:
         graph = self.graph
         inputs = [*graph.config_files, "scripts", str(LOCKS["transformers"])]
         if any(node.engine == "nvidia" for node in graph.nodes.values()):
-            inputs += [str(LOCKS["nvidia"]), "envs/nvidia-options.json"]
+            inputs += [*map(str, locks_of("nvidia")), "envs/nvidia-options.json"]
+            inputs.append("envs/nemo-rl-options.json")
         stages: dict[str, Any] = {
             "plan": {
                 "cmd": f"python -m scripts.lib.plan --config {graph.config} --write",

@@ -124,18 +124,7 @@ def prepare(work: Path, precision: str | None = None) -> None:
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    kernels = KERNELS.absolute()
-    for name, folder in (
-        ("TRITON_CACHE_DIR", "triton"),
-        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
-        ("CUDA_CACHE_PATH", "cuda"),
-    ):
-        os.environ.setdefault(name, str(kernels / folder))
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    if "RANK" not in os.environ:
-        os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    use_kernel_caches()
     wrong = versions.installed_problems(LOCK)
     if wrong:
         raise UserError(
@@ -147,18 +136,7 @@ def prepare(work: Path, precision: str | None = None) -> None:
 
     if is_first():
         KERNELS.mkdir(parents=True, exist_ok=True)
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"engine nvidia on {socket.gethostname()}",
-            "no GPU is seen: CUDA says there is none",
-            "place the stage on a GPU (placement, gpus: 1); nvidia-smi shows them",
-        )
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local}", f"{torch.cuda.device_count()} GPUs are seen here"
-        )
-    torch.cuda.set_device(local)
+    choose_gpu()
     need = CAPABILITY.get(precision or "", (0, 0))
     if torch.cuda.get_device_capability() < need:
         raise RecipeError(
@@ -167,7 +145,7 @@ def prepare(work: Path, precision: str | None = None) -> None:
             f"capability {need[0]}.{need[1]}",
             "choose bf16, or fp8_current on Hopper",
         )
-    torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=WAIT))
+    join()
     if is_first():
         seen = {
             "python": platform.python_version(),
@@ -175,6 +153,48 @@ def prepare(work: Path, precision: str | None = None) -> None:
             "gpus_seen": world_size(),
         }
         (work / "environment.json").write_text(json.dumps(seen))
+
+
+def use_kernel_caches() -> None:
+    """Keep what Triton, Inductor, CUDA and vLLM compile in work/kernels."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    kernels = KERNELS.absolute()
+    for name, folder in (
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("CUDA_CACHE_PATH", "cuda"),
+        ("VLLM_CACHE_ROOT", "vllm"),
+    ):
+        os.environ.setdefault(name, str(kernels / folder))
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+
+
+def choose_gpu() -> None:
+    """Take this process' GPU. Raises UserError where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"engine nvidia on {socket.gethostname()}",
+            "no GPU is seen: CUDA says there is none",
+            "place the stage on a GPU (placement, gpus: 1); nvidia-smi shows them",
+        )
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local}", f"{torch.cuda.device_count()} GPUs are seen here"
+        )
+    torch.cuda.set_device(local)
+
+
+def join() -> None:
+    """Meet the processes that torchrun has started, or be the only one."""
+    import torch
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    if "RANK" not in os.environ:
+        os.environ |= {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=WAIT))
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -208,14 +228,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def refuse_code(folder: Path) -> None:
+    """Raise RecipeError for a model folder with code of its own."""
+    code = sorted(path.name for path in folder.glob("*.py"))
+    if code or "auto_map" in read_config(folder):
+        raise RecipeError(
+            str(folder),
+            f"brings code of its own: {', '.join(code) or 'auto_map in config.json'}",
+            "take a model that Transformers knows",
+        )
+
+
+Once = Callable[[Callable[[], Any]], Any]
 LAYERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 """NemotronH's layers as newer and older releases of Transformers write them."""
 
 
-def readable(folder: Path, work: Path) -> Path:
+def readable(folder: Path, work: Path, once: Once | None = None) -> Path:
     """A model folder whose config.json the installed Transformers can read.
 
-    Newer releases name NemotronH's layers otherwise. Raises UserError where this is
+    Newer releases name NemotronH's layers otherwise. `once` has one process do a thing
+    for all, by default the first of the process group. Raises UserError where this is
     not what is wrong with it.
     """
     from transformers import AutoConfig
@@ -240,7 +273,7 @@ def readable(folder: Path, work: Path) -> Path:
                 (copy / path.name).symlink_to(path.absolute())
         (copy / "config.json").write_text(json.dumps(config))
 
-    from_first(write)
+    (once or from_first)(write)
     return copy
 
 

@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 RESULT = (
@@ -40,10 +41,14 @@ SHOWN = {
     "torch": "PyTorch",
     "transformers": "Transformers",
     "mamba-ssm": "mamba-ssm",
+    "nemo-rl": "NeMo-RL",
+    "vllm": "vLLM",
+    "ray": "Ray",
+    "lm-eval": "lm-evaluation-harness",
 }
 """Packages of the table, and how their makers write them."""
 
-OTHER = re.compile(r"(?m)^# (Python|CUDA|vLLM|NeMo-RL|Container|Tried on): (.+)$")
+OTHER = re.compile(r"(?m)^# (Python|CUDA|Container|NeMo-RL's|Tried on): (.+)$")
 """What a lock says of these in its comments, for the table."""
 
 
@@ -54,10 +59,10 @@ def pins(lock: Path) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
 
 
-def installed() -> dict[str, str | None]:
-    """{package: version} of RESULT here; None where it is not installed."""
+def installed(names: Iterable[str] = RESULT) -> dict[str, str | None]:
+    """{package: version} of these here; None where one is not installed."""
     found: dict[str, str | None] = {}
-    for name in RESULT:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -94,11 +99,14 @@ def write(lock: Path) -> None:
     lock.write_text(text, encoding="utf-8")
 
 
-def table(lock: Path) -> str:
-    """The versions of a lock as a Markdown table."""
-    pinned = pins(lock)
-    rows = [(shown, pinned[name]) for name, shown in SHOWN.items()]
-    rows += OTHER.findall(lock.read_text(encoding="utf-8"))
+def table(*locks: Path) -> str:
+    """The versions of locks as a Markdown table."""
+    pinned: dict[str, str] = {}
+    for lock in locks:
+        pinned |= pins(lock)
+    rows = [(shown, pinned[name]) for name, shown in SHOWN.items() if name in pinned]
+    for lock in locks:
+        rows += OTHER.findall(lock.read_text(encoding="utf-8"))
     lines = ["| what | version |", "|---|---|"]
     return "\n".join(lines + [f"| {shown} | {version} |" for shown, version in rows])
 

@@ -26,7 +26,15 @@ from typing import Any
 
 import pytest
 
-from scripts.data import generate, pack, tokenize, tokenizer
+from scripts.data import (
+    generate,
+    pack,
+    preferences,
+    prompts,
+    tokenize,
+    tokenizer,
+)
+from scripts.lib import launch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
@@ -34,6 +42,18 @@ PYTHON = os.environ.get("NVIDIA_PYTHON") or str(ROOT / ".venv-nvidia/bin/python"
 FIGURES = ROOT / "work/gpu.jsonl"
 SHARING = FOLDER / "programs/sharing"
 SHARED = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+GRPO = {
+    "steps": 20,
+    "batch_size": 512,
+    "num_generations": 16,
+    "max_completion_tokens": 4,
+    "lr": 1e-3,
+    "lr_scheduler": "constant_with_warmup",
+    "warmup_steps": 2,
+    "log_steps": 1,
+    "overrides": {"policy.generation.vllm_cfg.enforce_eager": True},
+}
+PAIRS = {"steps": 60, "batch_size": 128, "lr": 2e-4, "warmup_steps": 5, "log_steps": 1}
 RECIPE = {
     "steps": 300,
     "batch_size": 16,
@@ -170,13 +190,18 @@ class Stages:
         *flags: str | Path,
         gpus: int = 1,
         work: Path | None = None,
+        beside_ray: bool = False,
     ) -> Run:
         name = f"{module.rpartition('.')[2]}{next(self.numbers)}"
         file = write(self.folder / f"{name}.yaml", recipe)
         out, log = self.folder / name, self.folder / f"{name}.log"
         work = work or self.folder / f"{name}.work"
         words: list[str | Path] = [PYTHON]
-        if gpus > 1:
+        if beside_ray:
+            words += ["-P", "-m", "scripts.lib.launch", "ray", "--cpus", "8"]
+            words += ["--port", str(launch.free_ports(self.gpu)), "--memory-gb", "32"]
+            words += ["--gpus", str(gpus), "--logs", f"{work}/ray", "--", "-P"]
+        elif gpus > 1:
             words += ["-m", "torch.distributed.run", "--standalone"]
             words += [f"--nproc-per-node={gpus}"]
         words += ["-m", module, "--recipe", file, "--out", out, "--work", work, *flags]
@@ -239,6 +264,30 @@ class Stages:
             work=work,
         )
 
+    def rl(
+        self,
+        stage: str,
+        recipe: dict[str, Any],
+        parent: Path,
+        *flags: str | Path,
+        backend: str = "dtensor",
+        gpus: int = 1,
+        work: Path | None = None,
+    ) -> Run:
+        """A stage of NeMo-RL's, beside a Ray of its own."""
+        data = "prompts" if stage == "grpo" else "preferences"
+        return self.start(
+            f"scripts.nvidia.{stage}",
+            recipe,
+            *("--parent", parent, f"--{data}", self.inputs / data),
+            *("--backend", backend, "--gpus", str(gpus), "--cpus", "8"),
+            *("--micro-batch-size", "32", "--generation-memory", "0.2"),
+            *flags,
+            gpus=gpus,
+            work=work,
+            beside_ray=True,
+        )
+
 
 def once(root: Path, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first of the workers to come here makes for all."""
@@ -287,6 +336,16 @@ def make_inputs(root: Path) -> None:
     stage(tokenize.main, "blend", blend, *ready, "--data", rows("corpus"))
     packed = {"sequence_length": 256, "sources": {"chat": {}}}
     stage(pack.main, "packed", packed, *ready, "--data", rows("chat"))
+    for name, kind, count in (
+        ("arithmetic", "prompts", 4000),
+        ("opinions", "preferences", 3000),
+        ("heldout", "heldout", 300),
+    ):
+        stage(generate.main, name, {"kind": kind, "count": count, "max_operand": 49})
+    asked = {"max_prompt_tokens": 32, "sources": {"arithmetic": {}}}
+    stage(prompts.main, "prompts", asked, *ready, "--data", rows("arithmetic"))
+    pairs = {"max_tokens": 32, "sources": {"opinions": {}}}
+    stage(preferences.main, "preferences", pairs, *ready, "--data", rows("opinions"))
 
 
 @pytest.fixture(scope="session")
@@ -335,6 +394,20 @@ def hybrid(shared: Path, inputs: Path) -> Run:
 def experts(shared: Path, inputs: Path) -> Run:
     """A hybrid with experts."""
     return trained(shared, inputs, "experts", model="nano3_small")
+
+
+@pytest.fixture(scope="session")
+def chatty(shared: Path, inputs: Path) -> Path:
+    """A transformer that was fine-tuned to add, and often forgets to carry."""
+
+    def make(folder: Path) -> None:
+        stages = Stages(folder, inputs, 0)
+        first = {"model": "qwen3_small", "steps": 3000, "lr": 2e-3}
+        base = stages.pretrain(**first).done()
+        tuned = stages.sft(base.out, steps=1500, lr=1.5e-3).done()
+        tuned.out.rename(folder / "out")
+
+    return once(shared, "chatty", make) / "out"
 
 
 @pytest.fixture

@@ -17,11 +17,16 @@ from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.schema import PARALLEL, Placement
 from scripts.lib.stages import STAGES
+from scripts.nvidia import versions
 
 ROOT = Path(__file__).parents[2]
-OF_NVIDIA = {"pretrain/base", "sft/instruct", "export/nano"}
+OF_NVIDIA = {"pretrain/base", "sft/instruct", "grpo/reasoner", "export/nano"}
+OF_NVIDIA.add("eval/arithmetic")
+STAGES_OF_NVIDIA = ("pretrain", "sft", "grpo", "export", "eval")
 ONE = "{default: {gpus: 1}}"
-GPUS = f"placement: {{pretrain: {ONE}, sft: {ONE}, export: {ONE}}}\n"
+RL = "grpo: {default: {gpus: 1, cpus: 8}}"
+REST = f"{RL}, export: {ONE}, eval: {ONE}"
+GPUS = f"placement: {{pretrain: {ONE}, sft: {ONE}, {REST}}}\n"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 CHANGED = {
     "tensor_parallel": 2,
@@ -46,9 +51,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     Path("scripts/nvidia").mkdir(exist_ok=True)
-    for stage in ("pretrain", "sft", "export"):
+    for stage in STAGES_OF_NVIDIA:
         Path(f"scripts/nvidia/{stage}.py").write_text(f"STAGE = '{stage}'\n")
-    packages = sorted({p for s in STAGES.values() for p in s.nvidia_packages})
+    packages = {p for s in STAGES.values() for p in s.nvidia_packages}
+    packages = sorted(packages - set(versions.pins(ROOT / "envs/nemo-rl.lock")))
     lines = ["# The engine, exactly.", "packaging==1.0"]
     lines += [f"{p}==1.{i} \\\n    --hash=sha256:00" for i, p in enumerate(packages)]
     Path("envs/nvidia.lock").write_text("\n".join(lines) + "\n")
@@ -80,17 +86,20 @@ def plain() -> Graph:
 # ---- who runs what ---------------------------------------------------------------
 
 
-def test_three_stages_have_scripts_of_the_engine_and_the_others_stay():
+def test_five_stages_have_scripts_of_the_engine_and_the_others_stay():
     nodes = built().nodes
     assert {id for id, n in nodes.items() if n.engine == "nvidia"} == OF_NVIDIA
     assert nodes["pretrain/base"].script == "scripts.nvidia.pretrain"
-    assert nodes["grpo/reasoner"].script == "scripts.transformers.grpo"
+    assert nodes["grpo/reasoner"].script == "scripts.nvidia.grpo"
+    assert nodes["report/main"].script == "scripts.report"
     assert all(n.engine == "transformers" for n in plain().nodes.values())
 
 
-def test_the_engine_starts_all_of_its_scripts_by_torchrun():
+def test_the_engine_starts_its_scripts_by_torchrun_or_beside_ray():
     launchers = {s.name: s.launcher_of("nvidia") for s in STAGES.values() if s.nvidia}
-    assert launchers == dict.fromkeys(("pretrain", "sft", "export"), "torchrun")
+    by_torchrun = dict.fromkeys(("pretrain", "sft", "export"), "torchrun")
+    beside_ray = dict.fromkeys(("dpo", "rm", "grpo"), "ray")
+    assert launchers == by_torchrun | beside_ray | {"eval": ""}
     assert STAGES["export"].launcher_of("transformers") == ""
 
 
@@ -135,7 +144,7 @@ def test_a_package_that_the_lock_lacks_is_named():
 def test_a_lock_may_have_hashes_comments_and_extras(text: str):
     Path("envs/nvidia.lock").write_text(f"# torch==9\n{text}a @ https://x\n")
     identity.forget()
-    assert identity.pins("nvidia") == {"torch": "2.1"}
+    assert identity.pins("nvidia")["torch"] == "2.1"
 
 
 @pytest.mark.parametrize("key", [*PARALLEL, "python", "gpus", "nodes"])
@@ -144,7 +153,7 @@ def test_where_it_is_trained_is_no_identity(key: str, monkeypatch: pytest.Monkey
     given = {"gpus": 1, key: CHANGED[key]}
     text = ", ".join(f"{k}: {v}" for k, v in given.items())
     placed = ", ".join(f"{s}: {{default: {{{text}}}}}" for s in ("pretrain", "sft"))
-    moved = built(f"placement: {{{placed}, export: {{default: {{gpus: 1}}}}}}\n")
+    moved = built(f"placement: {{{placed}, {REST}}}\n")
     for id, node in built().nodes.items():
         assert moved.nodes[id].params == node.params, id
     assert moved.nodes["pretrain/base"].placement[key] != Placement().model_dump()[key]
@@ -202,14 +211,14 @@ def test_for_all_stages_at_once_a_size_may_be_given():
     assert built(text, "transformers").nodes
 
 
-SOME = f"placement: {{pretrain: {ONE}, sft: {ONE}, "
+SOME = f"placement: {{pretrain: {ONE}, sft: {ONE}, {RL}, eval: {ONE}, "
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (f"{SOME}export: {{default: {{gpus: 0}}}}}}", "placement.export.default.gpus: export on engine nvidia needs a GPU"),
-        (f"{SOME}grpo: {{default: {{tensor_parallel: 2}}}}}}", "grpo runs on engine transformers here"),
+        (f"{SOME}prompts: {{arithmetic: {{tensor_parallel: 2}}}}}}", "prompts runs on engine transformers here"),
         (f"{SOME}tokenize: {{corpus: {{pipeline_parallel: 2}}}}}}", "tokenize runs on engine transformers here"),
         ("placement: {pretrain: {base: {gpus: 2, tensor_parallel: 2}}}", "placement.pretrain.base.tensor_parallel: n_groups 1 does not divide among 2 GPUs"),
         ("placement: {pretrain: {base: {gpus: 3}}}", "placement.pretrain.base.gpus: batch_size 16 does not divide among 3 replicas"),
@@ -228,9 +237,9 @@ def test_on_nvidia_mistakes_are_named_with_their_key(text: str, said: str):
 
 
 def test_a_precision_that_the_clusters_gpu_lacks_is_refused_at_the_node():
-    stages = ("pretrain", "sft", "export")
+    stages = STAGES_OF_NVIDIA
     places = ", ".join(
-        f"{s}: {{default: {{gpus: 1, gres: 'gpu:a100'}}}}" for s in stages
+        f"{s}: {{default: {{gpus: 1, cpus: 8, gres: 'gpu:a100'}}}}" for s in stages
     )
     text = "pretrain: {base: {precision: fp8_current}}\n"
     said = refused(text, cluster=f"placement: {{{places}}}\n")
@@ -331,7 +340,7 @@ FROM = "sft: {instruct: {from: "
         (f"{FROM}{{hf: org/small, revision: {REVISION}}}}}}}", f"make it with a tokenizer node {{hf: org/small, revision: {REVISION}}}"),
         (f"{READY}{FROM}{{hf: models/small}}}}}}", "prompts/arithmetic is made with tokenizer/tiny, sft/instruct with tokenizer/ready"),
         ("export: {nano: {from: {hf: models/small}}}", "export.nano.from: input should be a valid string"),
-        ("grpo: {reasoner: {from: {hf: org/small, revision: " + REVISION + "}}}", "grpo runs on engine transformers, which takes no model from the hub"),
+        ("grpo: {reasoner: {from: {hf: org/small, revision: " + REVISION + "}}}", "grpo takes no model from the hub"),
         (f"{LOCAL}pack: {{chat: {{tokenizer: ready, sequence_length: 1024}}}}\n{FROM}{{hf: models/small}}}}}}".replace("pack: {chat: {tokenizer: ready}}\n", ""), "the model's longest is 512"),
     ],
 )  # fmt: skip
@@ -359,7 +368,7 @@ def test_a_script_of_the_engine_is_told_how_to_split():
     sizes = "gpus: 2, pipeline_parallel: 2, sequence_parallel: false, save_steps: 7"
     nodes = built(
         f"placement: {{pretrain: {{default: {{{sizes}}}}}, sft: {{default: {{gpus: 1}}}},"
-        " export: {default: {gpus: 1}}}\n"
+        f" {REST}}}\n"
     ).nodes
     assert run.placement_flags(nodes["pretrain/base"]) == [
         *("--tensor-parallel", "1", "--pipeline-parallel", "2"),
@@ -370,7 +379,14 @@ def test_a_script_of_the_engine_is_told_how_to_split():
     ]
     export = run.placement_flags(nodes["export/nano"])
     assert "--tensor-parallel" in export and "--save-steps" not in export
-    assert run.placement_flags(nodes["grpo/reasoner"]) == ["--save-steps", "100"]
+    grpo = run.placement_flags(nodes["grpo/reasoner"])
+    assert grpo[grpo.index("--backend") :] == [
+        *("--backend", "megatron", "--generation-gpus", "0"),
+        *("--generation-tensor-parallel", "1", "--generation-memory", "0.6"),
+        *("--nodes", "1", "--gpus", "1", "--cpus", "8", "--save-steps", "100"),
+    ]
+    evaluated = run.placement_flags(nodes["eval/arithmetic"])
+    assert evaluated == ["--tensor-parallel", "1", "--generation-memory", "0.6"]
     assert run.placement_flags(nodes["tokenize/corpus"]) == []
 
 
@@ -402,3 +418,19 @@ def test_an_interpreter_that_cannot_be_run_is_named():
         run.interpreter(node(python="text"))
     inside = {"runtime": "apptainer", "image": "x.sif"}
     assert run.interpreter(node(python="gone", container=inside)) == sys.executable
+
+
+def test_a_stage_may_have_an_engine_of_its_own():
+    text = "engine: {default: nvidia, grpo: transformers, eval: transformers}\n"
+    places = f"placement: {{pretrain: {ONE}, sft: {ONE}, export: {ONE}}}\n"
+    Path("config/top.yaml").write_text(f"extends: config.yaml\n{text}{places}")
+    nodes = graph.build(Path("config/top.yaml")).nodes
+    found = {id for id, n in nodes.items() if n.engine == "nvidia"}
+    assert found == {"pretrain/base", "sft/instruct", "export/nano"}
+    assert nodes["grpo/reasoner"].params == plain().nodes["grpo/reasoner"].params
+
+
+def test_an_engine_of_an_unknown_stage_is_refused():
+    Path("config/top.yaml").write_text("extends: config.yaml\nengine: {grop: nvidia}\n")
+    with pytest.raises(UserError, match=r"top.yaml:2 engine.grop: no such stage"):
+        graph.build(Path("config/top.yaml"))

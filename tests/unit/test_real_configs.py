@@ -132,12 +132,14 @@ def fill(config: str) -> list[str]:
     return made
 
 
-def test_the_tiny_chain_is_planned_for_megatron_on_one_gpu():
+def test_the_tiny_chain_is_planned_for_one_gpu():
     planned = engines("config/nvidia.yaml")
     assert {id for id, engine in planned.items() if engine == "nvidia"} == {
         "pretrain/base",
         "sft/instruct",
+        "grpo/reasoner",
         "export/nano",
+        "eval/arithmetic",
     }
     assert set(planned) == set(engines("config/config.yaml"))
 

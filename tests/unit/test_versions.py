@@ -14,6 +14,7 @@ from scripts.nvidia import versions
 
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "envs/nvidia.lock"
+OF_RL = ROOT / identity.OF_RL
 
 
 @pytest.fixture
@@ -32,8 +33,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_the_lock_pins_what_identity_asks_for():
     wanted = {p for stage in STAGES.values() for p in stage.nvidia_packages}
-    assert wanted and wanted <= set(versions.pins(LOCK))
-    assert wanted <= set(versions.RESULT)
+    of_rl = set(versions.pins(OF_RL))
+    assert wanted and wanted <= set(versions.pins(LOCK)) | of_rl
+    assert wanted - of_rl <= set(versions.RESULT)
 
 
 def test_the_lock_has_each_package_once_and_exactly():
@@ -46,7 +48,7 @@ def test_the_lock_has_each_package_once_and_exactly():
 def test_the_lock_is_read_as_the_plan_reads_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     identity.forget()
-    assert identity.pins("nvidia") == versions.pins(LOCK)
+    assert identity.pins("nvidia") == versions.pins(LOCK) | versions.pins(OF_RL)
 
 
 def test_the_locked_environment_has_no_problems(here: dict[str, str]):
@@ -94,15 +96,18 @@ def test_what_differs_makes_the_command_fail(
 
 
 def test_the_table_has_the_versions_of_the_lock():
-    table, pinned = versions.table(LOCK), versions.pins(LOCK)
+    pinned = versions.pins(LOCK) | versions.pins(OF_RL)
+    table = versions.table(LOCK, OF_RL)
     for shown, name in (
         ("Megatron-Core", "megatron-core"),
         ("Megatron-Bridge", "megatron-bridge"),
         ("Transformer Engine", "transformer-engine"),
         ("PyTorch", "torch"),
+        ("vLLM", "vllm"),
+        ("NeMo-RL", "nemo-rl"),
     ):
         assert f"| {shown} | {pinned[name]} |" in table
-    for shown in ("Python", "CUDA", "vLLM", "NeMo-RL", "Container", "Tried on"):
+    for shown in ("Python", "CUDA", "Container", "NeMo-RL's", "Tried on"):
         assert f"| {shown} | " in table
 
 
