@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MULTIPLIER = 3
+"""Batches of prompts drawn a step: those whose answers are all worth the same go."""
+
 
 def settings(max_completion_tokens: int) -> dict[str, Any]:
     """NeMo-RL's settings that make DAPO of GRPO, `section.key: value`.
@@ -14,7 +17,7 @@ def settings(max_completion_tokens: int) -> dict[str, Any]:
     """
     return {
         "grpo.use_dynamic_sampling": True,
-        "grpo.batch_multiplier": 3,
+        "grpo.batch_multiplier": MULTIPLIER,
         "grpo.use_leave_one_out_baseline": False,
         "grpo.adv_estimator.use_leave_one_out_baseline": False,
         "grpo.reward_scaling.enabled": True,

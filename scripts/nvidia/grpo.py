@@ -89,9 +89,14 @@ def configure(
     length += -length % several
     if limit := config.get("max_position_embeddings"):  # vLLM takes nothing longer
         length = min(length, limit - limit % several)
-    if not rows["train"]:
-        raise DataError(str(args.prompts / "train.jsonl"), "holds no prompts")
     num_prompts = recipe.batch_size // recipe.num_generations
+    drawn = num_prompts * (dapo.MULTIPLIER if recipe.algorithm == "dapo" else 1)
+    if rows["train"] < drawn:  # NeMo-RL would end at once, as if all were well
+        raise DataError(
+            str(args.prompts / "train.jsonl"),
+            f"{rows['train']} prompts, but a step draws {drawn}",
+            "lower batch_size, raise num_generations, or give more prompts",
+        )
     checked = min(rows["validation"], VALIDATION_ROWS)
     settings = rl.around(args) | {
         "grpo": {
@@ -174,7 +179,8 @@ def environment(recipe: GrpoRecipe, args: Any) -> dict[str, Any]:
     if args.reward_model is not None:
         environments["reward_model"]["folder"] = str(args.reward_model.absolute())
     workers = max(1, min(args.cpus, MOST_WORKERS))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    every = ",".join(map(str, range(args.gpus)))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or every
     return {
         "environments": environments,
         "gpus": gpus if args.reward_model else "",

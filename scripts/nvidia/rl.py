@@ -11,6 +11,7 @@ A save is NeMo-RL's: work/saves/step_N, renamed into place when it is whole.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -447,12 +448,27 @@ def train_on_pairs(
     settings["policy"]["sequence_packing"] = {"enabled": False}
     merge(settings, own)
     merge(settings, nested(recipe.overrides))
-    watch, done = run(algorithm, args, settings, recipe.steps, "loss")
+    watch, done = run(
+        algorithm, args, settings, recipe.steps, "loss", render_by_template_alone
+    )
     if not done:
         return cli.NOT_DONE
     publish(args, recipe.steps, kind)
     write_metrics(args, watch, recipe, OF_PAIRS)
     return 0
+
+
+def render_by_template_alone() -> None:
+    """Have NeMo-RL render pairs as prompts, SFT's chats and what is scored are.
+
+    It would add the tokenizer's first and last token to those whose chat template
+    writes none, and no key of its YAML says otherwise.
+    """
+    from nemo_rl.data import processors
+
+    processors.get_formatted_message_log = functools.partial(
+        processors.get_formatted_message_log, add_bos_token=False, add_eos_token=False
+    )
 
 
 OF_PAIRS = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def rewards_of(environments: Mix) -> Callable[..., list[float]]:
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Prompts of a JSONL file as TRL takes them."""
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # by its lines alone: prompts may hold other characters that end lines
+    for number, line in enumerate(StringIO(path.read_text(encoding="utf-8")), 1):
         try:
             row = json.loads(line)
             asked, answer = str(row["input"]), str(row["output"])
