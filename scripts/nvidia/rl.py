@@ -544,30 +544,13 @@ class Watch:
 
     def __init__(self, args: argparse.Namespace, steps: int, shown: str) -> None:
         self.args, self.steps, self.shown = args, steps, shown
-        self.path = args.work / "steps.jsonl"
+        self.history = common.History(args.work)
         self.progress = Progress(args.work)
         self.waiting: dict[str, float] = {}
         self.asked = self.stopped = False
         self.still: list[bool] = []
         self.rewards = args.work / REWARDS
         self.read_to = self.rewards.stat().st_size if self.rewards.exists() else 0
-
-    def cut(self, step: int) -> None:
-        """Forget what came after the save that the run goes on from."""
-        kept = [entry for entry in self.read() if entry["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        temporary.replace(self.path)
-
-    def read(self) -> list[dict[str, Any]]:
-        """All steps; a last line that a kill cut is left out."""
-        entries = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
-        return entries
 
     def install(self) -> None:
         """Wrap the methods that all of NeMo-RL's loops call once a step."""
@@ -626,8 +609,7 @@ class Watch:
             return
         entry = {"step": step, **self.waiting, **self.each_reward()}
         self.waiting = {}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self.history.add(entry)
         self.report(step, entry)
 
     def each_reward(self) -> dict[str, float]:
@@ -708,7 +690,7 @@ def run(
     """
     reached = prepare_resume(args, steps)
     watch = Watch(args, steps, shown)
-    watch.cut(reached)
+    watch.history.cut(reached)
     if reached < steps:
         script = examples() / f"run_{algorithm}.py"
         config = write_config(algorithm, args, settings)
@@ -814,5 +796,5 @@ def write_metrics(
 ) -> None:
     """Write metrics.jsonl beside the model."""
     outputs.write_metrics(
-        args.out / "metrics.jsonl", watch.read(), recipe.log_steps, names
+        args.out / "metrics.jsonl", watch.history.read(), recipe.log_steps, names
     )

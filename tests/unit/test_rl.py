@@ -449,10 +449,10 @@ def test_a_step_is_written_once_with_all_that_was_logged_of_it(watch: rl.Watch):
     watch.see({"accuracy": 0.75}, 1, "validation")
     watch.see({"mfu": 9.0}, 1, "performance")
     watch.see({"total_step_time": 9.0}, 1, "timing/setup")
-    assert watch.read() == []
+    assert watch.history.read() == []
     one_step(watch, 1, lr=np.float32(0.5), grad_norm=np.array([2.0]), text="x", on=True)
     watch.see({"total_step_time": 9.0}, 1, "timing/train")
-    assert watch.read() == [
+    assert watch.history.read() == [
         {
             "step": 1,
             "mean_gen_tokens_per_sample": 3.0,
@@ -469,12 +469,17 @@ def test_a_step_is_written_once_with_all_that_was_logged_of_it(watch: rl.Watch):
 def test_nothing_of_a_step_is_left_for_the_next(watch: rl.Watch):
     one_step(watch, 1, entropy=1.0)
     one_step(watch, 2)
-    assert "entropy" not in watch.read()[1]
+    assert "entropy" not in watch.history.read()[1]
 
 
 def test_values_of_many_numbers_are_left_out(watch: rl.Watch):
     one_step(watch, 1, histogram=np.ones(3), nested={"a": 1}, none=None)
-    assert set(watch.read()[0]) == {"step", "loss", "reward", "seconds/total_step_time"}
+    assert set(watch.history.read()[0]) == {
+        "step",
+        "loss",
+        "reward",
+        "seconds/total_step_time",
+    }
 
 
 def test_progress_is_shown_and_old_completions_are_removed(
@@ -503,21 +508,23 @@ def test_what_is_no_number_stops_the_run_at_its_step(
         one_step(watch, 2, **{name: np.float64(value)})
     assert stopped.value.hint == "try a lower lr"
     again = rl.Watch(watch.args, 10, "reward")
-    again.cut(1)
-    assert [entry["step"] for entry in again.read()] == [1]
+    again.history.cut(1)
+    assert [entry["step"] for entry in again.history.read()] == [1]
 
 
 def test_a_resumed_run_forgets_what_came_after_its_save(watch: rl.Watch):
     for step in range(1, 7):
         one_step(watch, step)
-    watch.path.write_text(watch.path.read_text()[:-9])  # killed while it wrote
-    assert [entry["step"] for entry in watch.read()] == [1, 2, 3, 4, 5]
+    watch.history.path.write_text(
+        watch.history.path.read_text()[:-9]
+    )  # killed while it wrote
+    assert [entry["step"] for entry in watch.history.read()] == [1, 2, 3, 4, 5]
     again = rl.Watch(watch.args, 10, "reward")
-    again.cut(4)
+    again.history.cut(4)
     one_step(again, 5)
-    assert [entry["step"] for entry in again.read()] == [1, 2, 3, 4, 5]
-    again.cut(0)
-    assert again.read() == [] and again.path.read_text() == ""
+    assert [entry["step"] for entry in again.history.read()] == [1, 2, 3, 4, 5]
+    again.history.cut(0)
+    assert again.history.read() == [] and again.history.path.read_text() == ""
 
 
 def test_a_run_asked_to_stop_remembers_it(watch: rl.Watch):
@@ -584,7 +591,7 @@ def test_each_environments_reward_is_a_mean_over_what_was_asked(make: Any):
     give(path, 3, math=0.0, length=0.5)
     one_step(watch, 1)
     one_step(watch, 2)
-    first, second = watch.read()
+    first, second = watch.history.read()
     assert (first["reward/math"], first["reward/length"]) == (0.25, 0.5)
     assert "reward/math" not in second
 
