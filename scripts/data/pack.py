@@ -8,9 +8,13 @@ Reads   --tokenizer  Hugging Face tokenizer folder; its chat template has
 Writes  --out        packed.parquet  a row: input_ids, loss_mask, seq_start_id,
                                      each list<int32>
                      packing.json    chats, rows, tokens, loss_tokens, bad_rows,
-                                     sequence_length, fill
+                                     sequence_length, fill; where `too_long` is not
+                                     `refuse`, also too_long: dropped, truncated and
+                                     the first few by file and line
+                     In --work, while it runs, chats.bin: 4 bytes a token
 Raises  DataError for bad rows (no assistant turn, an empty one, a wrong role), for
-        a chat longer than sequence_length, for a tokenizer without such a template
+        a chat longer than sequence_length unless `too_long` says what to do with
+        it, for a tokenizer without such a template
 Resumes never: it starts again
 
 A row is what Megatron-Bridge's GPTSFTPackedParquetDataset reads. It holds whole
@@ -19,7 +23,9 @@ chat starts. loss_mask stands one to the left, beside its label's predecessor, a
 Bridge writes it: loss_mask[i] is 1 where input_ids[i + 1] is the assistant's, and 0
 at each chat's last token, which predicts nothing.
 
-Chats are packed by best fit decreasing; rows are then shuffled by the seed.
+Chats are packed by best fit decreasing; rows are then shuffled by the seed. Memory
+holds a chat's length, not its tokens. fastokens makes the ids of a byte-level BPE;
+some chats are encoded by Hugging Face too, and all of them where the two disagree.
 
     python -m scripts.data.pack --tokenizer T --data chat=chat.jsonl \
         --recipe R --out work/try
@@ -28,13 +34,18 @@ Chats are packed by best fit decreasing; rows are then shuffled by the seed.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import sys
 from array import array
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from scripts.lib import cli
 from scripts.lib.errors import DataError
@@ -45,22 +56,42 @@ from scripts.lib.schema import PackRecipe
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ROLES = ("system", "user", "assistant", "tool")
 BATCH_CHATS = 512
+BATCH_CHARACTERS = 4_000_000
 GROUP_ROWS = 500
+GROUP_TOKENS = 1 << 21
 NAMED = 5
+SAMPLED = 64
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
-Chat = tuple[list[int], list[int]]  # ids and, for each, whether the assistant says it
+Spans = list[tuple[int, int]]
+Ints = npt.NDArray[np.int32]
+
+
+class Rendered(NamedTuple):
+    """A chat's text and the spans of it, in characters, that the assistant says."""
+
+    text: str
+    spans: Spans
+
+
+class Encoded(NamedTuple):
+    """Chats one after another: ids, which the assistant says, where each ends."""
+
+    ids: Ints
+    said: npt.NDArray[np.bool_]
+    ends: npt.NDArray[np.int64]
+
+
+class InexactError(Exception):
+    """fastokens and Hugging Face do not agree; the message says on what."""
 
 
 class ChatEncoder:
     """Renders chats and tokenizes them, each once, with the assistant's tokens."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            self.tokenizer = load_tokenizer(folder)
         except Exception as error:
             raise DataError(
                 str(folder), f"cannot be loaded as a tokenizer: {error}"
@@ -74,11 +105,14 @@ class ChatEncoder:
                 str(folder), "its chat template has no `{% generation %}`", hint
             )
         self.template = template
+        self.special_tokens = self.tokenizer.special_tokens_map
         self.backend = self.tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.fast = FastEncoder.of(self.backend)
+        self.num_chats = 0
 
-    def render(self, row: Row, column: str) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, row: Row, column: str) -> Rendered:
         """A chat's text and the spans of it that the assistant says."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -89,51 +123,197 @@ class ChatEncoder:
                 [messages],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+                **self.special_tokens,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
         if not any(start < end for start, end in spans[0]):
             raise BadRow("the chat template marks nothing as the assistant's")
-        return texts[0], spans[0]
+        return Rendered(texts[0], spans[0])
 
-    def encode(self, rendered: list[tuple[str, list[tuple[int, int]]]]) -> list[Chat]:
-        """Ids of rendered chats, and 1 for each token with a letter in a span.
+    def encode(self, rendered: list[Rendered]) -> Encoded:
+        """Ids of rendered chats, and whether each token has a letter in a span.
 
         apply_chat_template's own mask looks characters up one by one: it loses a
         span that starts with a blank where offsets are trimmed, and the last bytes
         of a letter of several tokens. Here every token has the letters from the
-        token before it to its end.
+        token before it to its end. Raises InexactError.
         """
-        encodings = self.backend.encode_batch(
-            [text for text, _spans in rendered], add_special_tokens=False
+        if self.fast is None:
+            return self.encode_by_offsets(rendered)
+        found = self.fast.encode(rendered)
+        first = -self.num_chats % SAMPLED
+        self.num_chats += len(rendered)
+        samples = range(first, len(rendered), SAMPLED)
+        for number, truth in zip(
+            samples,
+            self.backend.encode_batch_fast(
+                [rendered[number].text for number in samples], add_special_tokens=False
+            ),
+            strict=True,
+        ):
+            start = int(found.ends[number - 1]) if number else 0
+            if truth.ids != found.ids[start : int(found.ends[number])].tolist():
+                raise InexactError(f"the ids of {rendered[number].text[:80]!r}")
+        return found
+
+    def encode_by_offsets(self, rendered: list[Rendered]) -> Encoded:
+        """The same by Hugging Face alone, for any tokenizer, some 20 times slower."""
+        ids, said, ends = array("i"), array("b"), array("q")
+        for encoding, (_text, spans) in zip(
+            self.backend.encode_batch(
+                [text for text, _spans in rendered], add_special_tokens=False
+            ),
+            rendered,
+            strict=True,
+        ):
+            ids.extend(encoding.ids)
+            said.extend(token_mask(encoding.offsets, spans))
+            ends.append(len(ids))
+        return Encoded(
+            np.frombuffer(ids, np.int32),
+            np.frombuffer(said, np.bool_),
+            np.frombuffer(ends, np.int64),
         )
-        return [
-            (encoding.ids, token_mask(encoding.offsets, spans))
-            for encoding, (_text, spans) in zip(encodings, rendered, strict=True)
-        ]
+
+
+class FastEncoder:
+    """A byte-level BPE by fastokens, which tells ids only.
+
+    Such a tokenizer loses and changes no byte, so the lengths of the tokens tell
+    which bytes each one is.
+    """
+
+    def __init__(self, tokenizer: Any, num_bytes: Ints) -> None:
+        self.tokenizer, self.num_bytes = tokenizer, num_bytes
+
+    @classmethod
+    def of(cls, backend: Any) -> FastEncoder | None:
+        """One for a Hugging Face tokenizer; None where there cannot be one."""
+        content = json.loads(backend.to_str())
+        if not keeps_bytes(content):
+            return None
+        try:
+            import fastokens
+
+            tokenizer = fastokens.Tokenizer.from_json_str(backend.to_str())
+        except (ImportError, RuntimeError, ValueError) as error:
+            print(f"Hugging Face tokenizes: no fastokens: {error}", file=sys.stderr)
+            return None
+        lengths = {id: len(token) for token, id in content["model"]["vocab"].items()}
+        lengths |= {
+            t["id"]: len(t["content"].encode()) for t in content["added_tokens"]
+        }
+        num_bytes = np.zeros(1 + max(lengths), np.int32)
+        num_bytes[list(lengths)] = list(lengths.values())
+        return cls(tokenizer, num_bytes)
+
+    def encode(self, rendered: list[Rendered]) -> Encoded:
+        """Ids and mask. Raises InexactError where they are not a chat's bytes."""
+        texts = [text for text, _spans in rendered]
+        try:
+            flat, offsets = self.tokenizer.encode_batch_flat(texts)
+        except (RuntimeError, ValueError) as error:
+            raise InexactError(f"what it takes: {error}") from error
+        ids = np.frombuffer(flat, np.uint32).astype(np.int32)
+        ends = np.frombuffer(offsets, np.uint64).astype(np.int64)[1:]
+        spans, text_ends = byte_spans(rendered)
+        token_ends = np.cumsum(self.num_bytes[ids], dtype=np.int64)
+        if not np.array_equal(np.append(0, token_ends)[ends], text_ends):
+            raise InexactError("the number of a chat's bytes")
+        starts = token_ends - self.num_bytes[ids]
+        firsts = np.searchsorted(token_ends, spans[:, 0], "right")
+        lasts = np.searchsorted(starts, spans[:, 1], "left")
+        said = np.zeros(len(ids), np.bool_)
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            said[first:last] = True
+        return Encoded(ids, said, ends)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read, tokenize, pack and write."""
     args = cli.parse_rows(__doc__, argv)
     recipe = cli.load_recipe(args.recipe, PackRecipe)
-    chats = Chats(recipe.sequence_length)
+    data = cli.named_paths(args.data)
+    use_cores()
     encoder = ChatEncoder(args.tokenizer)
     progress = Progress(args.work)
+    with Chats(args.work / "chats.bin", recipe) as chats:
+        try:
+            num_bad = collect(chats, encoder, recipe, data, progress)
+        except InexactError as error:
+            print(
+                f"fastokens differs from Hugging Face in {error}; Hugging Face "
+                "tokenizes all chats, from the first",
+                file=sys.stderr,
+            )
+            encoder.fast = None
+            chats.clear()
+            num_bad = collect(chats, encoder, recipe, data, progress)
+        chats.check()
+        order, num_chats = rows_of_chats(
+            np.frombuffer(chats.lengths, np.int32), recipe.sequence_length, recipe.seed
+        )
+        write_rows(chats, order, num_chats, args.out / "packed.parquet")
+        num_rows = len(num_chats)
+        counts = {
+            "chats": len(chats.lengths),
+            "rows": num_rows,
+            "tokens": chats.num_tokens,
+            "loss_tokens": chats.num_loss_tokens,
+            "bad_rows": num_bad,
+            "sequence_length": recipe.sequence_length,
+            "fill": round(chats.num_tokens / (num_rows * recipe.sequence_length), 6),
+        }
+        if recipe.too_long != "refuse":
+            counts["too_long"] = chats.told()
+    (args.out / "packing.json").write_text(json.dumps(counts, indent=2) + "\n")
+    progress.report(1, 1, chats=counts["chats"])
+    return 0
+
+
+def use_cores() -> None:
+    """Let both tokenizer libraries use the cores the node has, and no more."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        os.environ["RAYON_NUM_THREADS"] = threads
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """What AutoTokenizer loads, without the torch it imports where its class is plain."""
+    import transformers
+
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    plain = (
+        config.get("tokenizer_class") in PLAIN_CLASSES
+        and "auto_map" not in config
+        and not (folder / "config.json").exists()
+    )
+    loader: Any = (
+        transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+    )
+    return loader.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+
+
+def collect(
+    chats: Chats,
+    encoder: ChatEncoder,
+    recipe: PackRecipe,
+    data: dict[str, list[Path]],
+    progress: Progress,
+) -> int:
+    """Tokenize every source's chats into `chats`; the number of bad rows."""
     num_bad = done = 0
-    for name, source, paths in named_sources(
-        recipe.sources, cli.named_paths(args.data)
-    ):
+    for name, source, paths in named_sources(recipe.sources, data):
         column = source.column or "messages"
         rows = read_rows(
             name, source, paths, lambda row, c=column: encoder.render(row, c)
         )
-        pairs = iter(rows)
-        while batch := list(islice(pairs, BATCH_CHATS)):
-            encoded = encoder.encode([rendered for rendered, _where in batch])
-            for chat, (_rendered, where) in zip(encoded, batch, strict=True):
-                chats.add(*chat, where)
+        for rendered, wheres in batches(rows):
+            chats.add(encoder.encode(rendered), wheres)
             progress.report(
                 done + rows.bytes_read,
                 done + max(rows.bytes_total, rows.bytes_read) + 1,
@@ -141,23 +321,25 @@ def main(argv: list[str] | None = None) -> int:
             )
         num_bad += rows.num_bad
         done += rows.bytes_total
-    chats.refuse_long_ones()
-    packed = best_fit_decreasing(chats.lengths, recipe.sequence_length)
-    random.Random(recipe.seed).shuffle(packed)
-    num_loss_tokens = write_rows(chats, packed, args.out / "packed.parquet")
-    num_tokens = len(chats.ids)
-    counts = {
-        "chats": len(chats.lengths),
-        "rows": len(packed),
-        "tokens": num_tokens,
-        "loss_tokens": num_loss_tokens,
-        "bad_rows": num_bad,
-        "sequence_length": recipe.sequence_length,
-        "fill": round(num_tokens / (len(packed) * recipe.sequence_length), 6),
-    }
-    (args.out / "packing.json").write_text(json.dumps(counts, indent=2) + "\n")
-    progress.report(max(1, done), max(1, done), chats=len(chats.lengths))
-    return 0
+    return num_bad
+
+
+def batches(
+    rows: Iterable[tuple[Rendered, str]],
+) -> Iterator[tuple[list[Rendered], list[str]]]:
+    """Chats, and where they are from, in groups small enough to hold."""
+    rendered: list[Rendered] = []
+    wheres: list[str] = []
+    characters = 0
+    for chat, where in rows:
+        rendered.append(chat)
+        wheres.append(where)
+        characters += len(chat.text)
+        if len(rendered) == BATCH_CHATS or characters > BATCH_CHARACTERS:
+            yield rendered, wheres
+            rendered, wheres, characters = [], [], 0
+    if rendered:
+        yield rendered, wheres
 
 
 def checked(row: Row, column: str) -> list[dict[str, Any]]:
@@ -204,68 +386,217 @@ def token_mask(
     return mask
 
 
+def keeps_bytes(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is of a BPE whose tokens are the text's bytes."""
+    model, before = content["model"], content["pre_tokenizer"] or {}
+    steps = before.get("pretokenizers", [before])
+    return (
+        content["normalizer"] is None
+        and model["type"] == "BPE"
+        and not any(
+            model.get(key)
+            for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+        )
+        and steps[-1].get("type") == "ByteLevel"
+        and all(
+            step["type"] in ("ByteLevel", "Digits", "Split")
+            and not step.get("add_prefix_space")
+            and step.get("behavior") != "Removed"
+            for step in steps
+        )
+        and not any(t["lstrip"] or t["rstrip"] for t in content["added_tokens"])
+    )
+
+
+def byte_spans(
+    rendered: list[Rendered],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Spans in bytes of all texts one after another, and where each text ends."""
+    spans: list[tuple[int, int]] = []
+    ends: list[int] = []
+    base = 0
+    for text, found in rendered:
+        wanted = [span for span in found if span[0] < span[1]]
+        if text.isascii():
+            spans += [(base + start, base + end) for start, end in wanted]
+            base += len(text)
+        else:
+            edges = sorted({0, len(text), *(edge for span in wanted for edge in span)})
+            at = {0: base}
+            for before, after in pairwise(edges):
+                at[after] = at[before] + len(text[before:after].encode())
+            spans += [(at[start], at[end]) for start, end in wanted]
+            base = at[len(text)]
+        ends.append(base)
+    return np.array(spans, np.int64).reshape(-1, 2), np.array(ends, np.int64)
+
+
 class Chats:
-    """All chats' tokens and shifted masks in two flat arrays."""
+    """All chats' tokens in a file, and their lengths.
 
-    def __init__(self, sequence_length: int) -> None:
-        self.sequence_length = sequence_length
-        self.ids, self.mask = array("i"), array("b")
-        self.lengths: list[int] = []
-        self.too_long: list[tuple[int, str]] = []
+    A token is an int32 there: twice its id, and one more where its mask is set.
+    """
 
-    def add(self, ids: list[int], assistant: list[int], where: str) -> None:
-        """Append a chat; one that is too long is only noted."""
-        if len(ids) > self.sequence_length:
-            self.too_long.append((len(ids), where))
+    def __init__(self, path: Path, recipe: PackRecipe) -> None:
+        self.path, self.recipe = path, recipe
+        self.file = path.open("w+b")
+        self.clear()
+
+    def __enter__(self) -> Chats:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.file.close()
+        self.path.unlink()
+
+    def clear(self) -> None:
+        """Forget every chat."""
+        self.file.seek(0)
+        self.file.truncate()
+        self.lengths = array("i")
+        self.num_tokens = self.num_loss_tokens = 0
+        self.num_dropped = self.num_truncated = self.longest = 0
+        self.named: list[tuple[str, int]] = []
+
+    def add(self, encoded: Encoded, wheres: list[str]) -> None:
+        """Append chats; one that is too long as the recipe says."""
+        ends = encoded.ends
+        tokens = encoded.ids * 2
+        tokens[:-1] += encoded.said[1:]
+        tokens[ends - 1] &= ~1  # a last token predicts nothing
+        lengths = np.diff(ends, prepend=0)
+        limit = self.recipe.sequence_length
+        if lengths.max() <= limit:
+            self.append(tokens, lengths.tolist())
             return
-        self.ids.extend(ids)
-        self.mask.extend([*assistant[1:], 0])
-        self.lengths.append(len(ids))
+        for end, length, where in zip(
+            ends.tolist(), lengths.tolist(), wheres, strict=True
+        ):
+            chat = tokens[end - length : end]
+            if length > limit:
+                chat = self.shortened(chat, where)
+            if len(chat):
+                self.append(chat, [len(chat)])
 
-    def refuse_long_ones(self) -> None:
-        """Raise DataError where a chat did not fit a row."""
-        if not self.too_long:
+    def append(self, tokens: Ints, lengths: list[int]) -> None:
+        """Write chats that fit, one after another."""
+        self.file.write(tokens)
+        self.lengths.extend(lengths)
+        self.num_tokens += len(tokens)
+        self.num_loss_tokens += int((tokens & 1).sum())
+
+    def shortened(self, chat: Ints, where: str) -> Ints:
+        """What is left of a chat that is too long; it is counted."""
+        self.longest = max(self.longest, len(chat))
+        if len(self.named) < NAMED:
+            self.named.append((where, len(chat)))
+        limit = self.recipe.sequence_length
+        cut = chat[:limit].copy()
+        cut[-1] &= ~1
+        if self.recipe.too_long == "truncate" and (cut & 1).any():
+            self.num_truncated += 1
+            return cut
+        self.num_dropped += 1
+        return chat[:0]
+
+    def check(self) -> None:
+        """Say which chats did not fit a row. Raises DataError if that is an error."""
+        num_long = self.num_dropped + self.num_truncated
+        if not num_long:
             return
-        longest = max(self.too_long)[0]
-        named = [f"{where}: {tokens} tokens" for tokens, where in self.too_long[:NAMED]]
-        raise DataError(
-            "sequence_length",
-            f"{len(self.too_long)} of {len(self.too_long) + len(self.lengths)} chats "
-            f"are longer than {self.sequence_length} tokens:\n  " + "\n  ".join(named),
-            f"the longest needs sequence_length {longest}; or take such chats out",
+        total = self.num_dropped + len(self.lengths)
+        named = "".join(f"\n  {where}: {size} tokens" for where, size in self.named)
+        what = (
+            f"{num_long} of {total} chats are longer than "
+            f"{self.recipe.sequence_length} tokens"
+        )
+        if self.recipe.too_long == "refuse" or not self.lengths:
+            raise DataError(
+                "sequence_length",
+                f"{what}:{named}",
+                f"the longest needs sequence_length {self.longest}; or take such "
+                "chats out, or let `too_long` drop or truncate them",
+            )
+        print(
+            f"{what}: {self.num_truncated} cut, {self.num_dropped} left out:{named}",
+            file=sys.stderr,
         )
 
+    def told(self) -> dict[str, Any]:
+        """What became of chats that are too long, for packing.json.
 
-def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Put each sequence, longest first, in the fullest row that still has room.
+        Files go by their names alone, for the same bytes wherever they lie.
+        """
+        return {
+            "dropped": self.num_dropped,
+            "truncated": self.num_truncated,
+            "first": [
+                f"{Path(where).name}: {size} tokens" for where, size in self.named
+            ],
+        }
 
-    The rows' indices into `lengths`. Rows are kept by free space; bit n of an
+    def read(self, starts: npt.NDArray[np.int64], lengths: Ints) -> Ints:
+        """The tokens of some chats, one after another."""
+        self.file.flush()
+        result = np.empty(lengths.sum(), np.int32)
+        left = memoryview(result).cast("B")
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            size = 4 * length
+            found = os.preadv(self.file.fileno(), [left[:size]], 4 * start)
+            assert found == size, f"{self.path} was cut short"
+            left = left[size:]
+        return result
+
+
+def rows_of_chats(
+    lengths: Ints, capacity: int, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """All chats in the order of their rows, and how many each row has."""
+    by_length = np.argsort(-lengths, kind="stable")
+    row_of, num_rows = best_fit(lengths[by_length].tolist(), capacity)
+    shuffled = list(range(num_rows))
+    random.Random(seed).shuffle(shuffled)
+    place = np.empty(num_rows, np.int64)
+    place[shuffled] = np.arange(num_rows)
+    places = place[np.frombuffer(row_of, np.int32)]
+    order = by_length[np.argsort(places, kind="stable")]
+    return order, np.bincount(places, minlength=num_rows)
+
+
+def best_fit(lengths: list[int], capacity: int) -> tuple[array[int], int]:
+    """Put each sequence, in this order, in the fullest row that still has room.
+
+    The row of each, and the number of rows. Rows are kept by free space; bit n of an
     integer says that a row with n free is there, so that the best is one shift away.
     """
-    rows: list[list[int]] = []
+    row_of = array("i")
+    num_rows = present = 0
     with_free: dict[int, list[int]] = {}
-    present = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
+    for length in lengths:
         fitting = present >> length
         if fitting:
             free = length + (fitting & -fitting).bit_length() - 1
             row = with_free[free].pop()
             if not with_free[free]:
                 present &= ~(1 << free)
-            rows[row].append(index)
         else:
-            free, row = capacity, len(rows)
-            rows.append([index])
+            free, row = capacity, num_rows
+            num_rows += 1
+        row_of.append(row)
         left = free - length
         if left:
             with_free.setdefault(left, []).append(row)
             present |= 1 << left
-    return rows
+    return row_of, num_rows
 
 
-def write_rows(chats: Chats, packed: list[list[int]], path: Path) -> int:
-    """Write the packed rows; the number of tokens with a loss."""
+def write_rows(
+    chats: Chats,
+    order: npt.NDArray[np.int64],
+    num_chats: npt.NDArray[np.int64],
+    path: Path,
+) -> None:
+    """Write the packed rows, some at a time."""
     import pyarrow
     from pyarrow import parquet
 
@@ -276,43 +607,37 @@ def write_rows(chats: Chats, packed: list[list[int]], path: Path) -> int:
         ]
     )
     temporary = path.with_name(path.name + ".tmp")
-    num_loss_tokens = 0
     with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for columns in row_groups(chats, packed):
-            num_loss_tokens += int(columns[1][1].sum())
+        for columns in row_groups(chats, order, num_chats):
             arrays = [
                 pyarrow.ListArray.from_arrays(offsets, values)
                 for offsets, values in columns
             ]
             writer.write_table(pyarrow.table(arrays, schema=schema))
     temporary.replace(path)
-    return num_loss_tokens
 
 
-def row_groups(chats: Chats, packed: list[list[int]]) -> Iterator[list[Any]]:
-    """Offsets and values (int32) of the three columns, some rows at a time."""
-    import numpy as np
-
-    ids = np.frombuffer(chats.ids, np.int32)
-    mask = np.frombuffer(chats.mask, np.int8)
-    ends = np.cumsum(chats.lengths, dtype=np.int64)
-
-    for first in range(0, len(packed), GROUP_ROWS):
-        group = packed[first : first + GROUP_ROWS]
-        spans = [
-            slice(ends[i] - chats.lengths[i], ends[i]) for row in group for i in row
-        ]
-        starts, tokens = [], []
-        for row in group:
-            lengths = np.array([chats.lengths[i] for i in row], np.int32)
-            starts.append(np.cumsum(lengths, dtype=np.int32) - lengths)
-            tokens.append(int(lengths.sum()))
-        by_token = np.cumsum([0, *tokens], dtype=np.int32)
-        by_chat = np.cumsum([0, *map(len, group)], dtype=np.int32)
+def row_groups(
+    chats: Chats, order: npt.NDArray[np.int64], num_chats: npt.NDArray[np.int64]
+) -> Iterator[list[tuple[Ints, Ints]]]:
+    """Offsets and values of the three columns, some rows at a time."""
+    all_lengths = np.frombuffer(chats.lengths, np.int32)
+    all_starts = np.cumsum(all_lengths, dtype=np.int64) - all_lengths
+    num_rows = min(GROUP_ROWS, max(1, GROUP_TOKENS // chats.recipe.sequence_length))
+    first_chat = 0
+    for first in range(0, len(num_chats), num_rows):
+        by_chat = np.append(0, np.cumsum(num_chats[first : first + num_rows]))
+        members = order[first_chat : first_chat + by_chat[-1]]
+        first_chat += int(by_chat[-1])
+        lengths = all_lengths[members]
+        tokens_before = np.append(0, np.cumsum(lengths, dtype=np.int64))
+        by_token = tokens_before[by_chat]
+        starts = tokens_before[:-1] - np.repeat(by_token[:-1], np.diff(by_chat))
+        tokens = chats.read(all_starts[members], lengths)
         yield [
-            (by_token, np.concatenate([ids[span] for span in spans])),
-            (by_token, np.concatenate([mask[span] for span in spans]).astype(np.int32)),
-            (by_chat, np.concatenate(starts)),
+            (by_token.astype(np.int32), tokens >> 1),
+            (by_token.astype(np.int32), tokens & 1),
+            (by_chat.astype(np.int32), starts.astype(np.int32)),
         ]
 
 

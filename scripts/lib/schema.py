@@ -133,6 +133,11 @@ class PackRecipe(Sources):
 
     sequence_length: Positive = Field(description="Tokens a packed row holds.")
     seed: int = Field(0, description="Seed of the rows' order.")
+    too_long: Literal["refuse", "drop", "truncate"] = Field(
+        "refuse",
+        description="What to do with chats of more tokens. `packing.json` counts those "
+        "dropped and truncated.",
+    )
 
 
 class Pack(PackRecipe):

@@ -100,7 +100,7 @@ STAGES: dict[str, Stage] = {
             "data",
             schema.Pack,
             schema.PackRecipe,
-            (*_HF, "jinja2", "numpy", "pyarrow"),
+            (*_HF, "fastokens", "jinja2", "numpy", "pyarrow"),
         ),
         Stage(
             "prompts",

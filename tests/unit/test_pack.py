@@ -3,8 +3,12 @@
 import hashlib
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import transformers
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +19,24 @@ from scripts.data import pack, tokenizer
 from scripts.lib.errors import DataError
 
 TEMPLATE = "config/models/tiny/chat_template.jinja"
+TEMPLATES = [
+    TEMPLATE,
+    "config/models/chatml.jinja",
+    "config/models/nano3/chat_template.jinja",
+]
+WITH_TOOLS = """
+{%- for m in messages -%}
+  {{- '<|im_start|>' + m.role + '\n' -}}
+  {%- if m.role == 'assistant' -%}
+    {%- generation -%}{{- m.content -}}
+    {%- for call in m.tool_calls or [] -%}
+      {{- '<tool_call>' + call.function | tojson + '</tool_call>' -}}
+    {%- endfor -%}
+    {{- eos_token -}}{%- endgeneration -%}
+  {%- else -%}{{- m.content + '<|im_end|>' -}}{%- endif -%}
+  {{- '\n' -}}
+{%- endfor -%}
+"""
 EOS = 1
 
 
@@ -104,6 +126,208 @@ def test_every_chat_is_there_once_with_the_ids_and_mask_of_transformers(
     assert sorted(packed) == sorted(expected)
 
 
+def of_transformers(tok, chats):
+    """Ids and shifted mask of each chat, by apply_chat_template."""
+    found = tok.apply_chat_template(
+        chats, return_dict=True, return_assistant_tokens_mask=True
+    )
+    pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
+    return [(ids, [*said[1:], 0]) for ids, said in pairs]
+
+
+def chats_in(out):
+    return [chat for row in rows_of(out) for chat in chats_of(row)]
+
+
+def remade(folder, tmp_path, template=None, change=lambda content: None):
+    """A tokenizer folder with another template, its tokenizer.json changed."""
+    made = tmp_path / "remade"
+    made.mkdir()
+    for path in folder.iterdir():
+        (made / path.name).write_bytes(path.read_bytes())
+    content = json.loads((made / "tokenizer.json").read_text())
+    change(content)
+    (made / "tokenizer.json").write_text(json.dumps(content))
+    if template is not None:
+        (made / "chat_template.jinja").write_text(template)
+    return made
+
+
+@pytest.fixture(params=["fastokens", "Hugging Face"])
+def library(request, monkeypatch):
+    """Every test with this runs by both ways to ids and masks."""
+    if request.param == "Hugging Face":
+        monkeypatch.setattr(pack.FastEncoder, "of", lambda backend: None)
+    return request.param
+
+
+def is_fast(folder):
+    return pack.ChatEncoder(folder).fast is not None
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, WITH_TOOLS])
+def test_each_template_gives_the_ids_and_mask_of_transformers(
+    make, tmp_path, tokenizer_folder, library, template
+):
+    chats = CHATS
+    if template == WITH_TOOLS:
+        call = {"function": {"name": "add", "arguments": {"a": 1, "ü": "漢"}}}
+        tools = [
+            {"role": "system", "content": "Tools: add"},
+            user("1+1? 🙂"),
+            {"role": "assistant", "content": "I add. ", "tool_calls": [call]},
+            {"role": "tool", "content": '{"sum": 2}'},
+            assistant("2 — “zwei” 漢\n"),
+            user("thanks"),
+            assistant("é"),
+        ]
+        chats = [*CHATS[:20], tools]
+    else:
+        with open(template, encoding="utf-8") as file:
+            template = file.read()
+    folder = remade(tokenizer_folder, tmp_path, template)
+    assert is_fast(folder) == (library == "fastokens")
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    out = make(chats, "sequence_length: 1024", folder=folder)
+    assert sorted(chats_in(out)) == sorted(of_transformers(tok, chats))
+
+
+def test_a_token_that_reaches_into_a_span_is_the_assistants(
+    make, tmp_path, tokenizer_folder, library
+):
+    """`answer` begins in the token ` answer`, whose blank is the template's."""
+    merged = [" a", " an", " ans"]
+
+    def merge(content):
+        content["pre_tokenizer"] = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": False,
+        }
+        model = content["model"]
+        for token in merged:
+            token = token.replace(" ", "Ġ")
+            model["merges"] = [
+                pair for pair in model["merges"] if "".join(pair) != token
+            ]
+            model["vocab"].setdefault(token, len(model["vocab"]))
+        model["merges"] = [[pair[:-1].replace(" ", "Ġ"), pair[-1]] for pair in merged]
+
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{{ ' ' }}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}Q: {{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    folder = remade(tokenizer_folder, tmp_path, template, merge)
+    assert is_fast(folder) == (library == "fastokens")
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    chats = [[user("ü 漢"), assistant("answer"), user("q"), assistant("an ant")]]
+    out = make(chats, folder=folder)
+    ((ids, mask),) = chats_in(out)
+    assert [(ids, mask)] == of_transformers(tok, chats)
+    trained = [i for i, m in zip(ids[1:], mask, strict=False) if m]
+    assert tok.decode(trained) == " answer an ant"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(normalizer={"type": "NFC"}),
+        lambda content: content["added_tokens"][4].update(rstrip=True),
+    ],
+    ids=["normalizer", "stripping"],
+)
+def test_a_tokenizer_that_changes_bytes_is_left_to_hugging_face(
+    make, tmp_path, tokenizer_folder, change
+):
+    folder = remade(tokenizer_folder, tmp_path, change=change)
+    assert not is_fast(folder)
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    chats = [*CHATS[:9], [user("a"), assistant("e\u0301 \u212b.")]]
+    assert sorted(chats_in(make(chats, folder=folder))) == sorted(
+        of_transformers(tok, chats)
+    )
+
+
+@pytest.mark.parametrize("wrong", ["ids", "bytes", "refused"])
+def test_where_fastokens_differs_hugging_face_starts_over(
+    make, monkeypatch, hugging_face, capsys, wrong
+):
+    encode = pack.FastEncoder.encode
+
+    class Refusing:
+        def encode_batch_flat(self, texts):
+            raise RuntimeError("match limit")
+
+    def differing(self, rendered):
+        if wrong == "bytes":
+            self.num_bytes = self.num_bytes + 1
+        if wrong == "refused" and self.num_calls:
+            self.tokenizer = Refusing()
+        self.num_calls += 1
+        found = encode(self, rendered)
+        if wrong == "ids":
+            found.ids[found.ends[2] - 1] = 7  # the third chat of a batch
+        return found
+
+    right = make(CHATS, out="right")
+    monkeypatch.setattr(pack, "BATCH_CHATS", 10)
+    monkeypatch.setattr(pack, "SAMPLED", 2)
+    monkeypatch.setattr(pack.FastEncoder, "encode", differing)
+    monkeypatch.setattr(pack.FastEncoder, "num_calls", 0, raising=False)
+    out = make(CHATS)
+    assert "Hugging Face tokenizes all chats" in capsys.readouterr().err
+    for name in ("packed.parquet", "packing.json"):
+        assert (out / name).read_bytes() == (right / name).read_bytes()
+
+
+def test_samples_are_every_so_many_chats_whatever_the_batches(
+    tokenizer_folder, monkeypatch
+):
+    monkeypatch.setattr(pack, "SAMPLED", 7)
+    encoder = pack.ChatEncoder(tokenizer_folder)
+    texts = []
+    backend = encoder.backend
+
+    class Noting:
+        def encode_batch_fast(self, found, **flags):
+            texts.extend(found)
+            return backend.encode_batch_fast(found, **flags)
+
+    encoder.backend = Noting()
+    rendered = [encoder.render({"messages": chat}, "messages") for chat in CHATS]
+    for first, last in itertools.pairwise([0, 1, 2, 30, 31, 50, 120]):
+        encoder.encode(rendered[first:last])
+    assert texts == [text for text, _spans in rendered[::7]]
+
+
+def test_one_core_and_two_give_the_same_bytes(tmp_path, tokenizer_folder):
+    data = lines(tmp_path / "chat.jsonl", CHATS)
+    (tmp_path / "recipe.yaml").write_text("sequence_length: 128")
+    found = set()
+    for cores in ("1", "2"):
+        command = [sys.executable, "-m", "scripts.data.pack", f"--data=chat={data}"]
+        command += [f"--tokenizer={tokenizer_folder}", f"--out={tmp_path / cores}"]
+        command += [f"--recipe={tmp_path / 'recipe.yaml'}"]
+        subprocess.run(
+            command, check=True, env={**os.environ, "OMP_NUM_THREADS": cores}
+        )
+        found.add((tmp_path / cores / "packed.parquet").read_bytes())
+    assert len(found) == 1
+
+
+def test_row_groups_hold_no_more_tokens_for_longer_rows(make, monkeypatch):
+    whole = make(CHATS, out="whole")
+    monkeypatch.setattr(pack, "GROUP_TOKENS", 300)
+    out = make(CHATS)
+    metadata = parquet.read_metadata(out / "packed.parquet")
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert set(groups[:-1]) == {2}
+    assert rows_of(out) == rows_of(whole)
+    assert not list(out.with_name("out.work").glob("chats*"))
+
+
 def test_loss_is_on_the_label_that_the_assistant_says(make, hugging_face):
     chat = [user("1+1="), assistant("2"), user("and 3?"), assistant("5")]
     (row,) = rows_of(make([chat]))
@@ -162,8 +386,10 @@ def test_rows_are_not_ordered_by_length(make):
 )
 def test_packing_keeps_every_sequence_and_wastes_less_than_half(lengths, spare):
     capacity = max(lengths, default=1) + spare
-    rows = pack.best_fit_decreasing(lengths, capacity)
-    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+    order, num_chats = pack.rows_of_chats(np.array(lengths, np.int32), capacity, 0)
+    rows = np.split(order, np.cumsum(num_chats)[:-1]) if lengths else []
+    assert sorted(order) == list(range(len(lengths)))
+    assert all(num_chats)
     totals = sorted(sum(lengths[i] for i in row) for row in rows)
     assert all(total <= capacity for total in totals)
     assert all(a + b > capacity for a, b in itertools.pairwise(totals))
@@ -178,6 +404,47 @@ def test_a_chat_too_long_is_named_with_its_tokens_and_what_would_fit(make, tmp_p
     assert "2 of 3 chats are longer than 128 tokens" in message
     assert f"the longest needs sequence_length {tokens}" in message
     make([CHATS[0], long], f"sequence_length: {tokens}")
+
+
+LONG = [user("x" * 20), assistant("y" * 200)]
+LONG_USER = [user("x" * 200), assistant("y")]
+
+
+def test_long_chats_are_dropped_when_asked_counted_and_named(make, capsys, library):
+    recipe = "{sequence_length: 128, too_long: drop}"
+    out = make([CHATS[0], LONG, CHATS[1], *[LONG_USER] * 5], recipe)
+    counts = json.loads((out / "packing.json").read_text())
+    assert counts["chats"] == 2
+    told = counts["too_long"]
+    assert (told["dropped"], told["truncated"]) == (6, 0)
+    assert len(told["first"]) == 5
+    assert told["first"][0].startswith("chat.jsonl:2: ")
+    said = capsys.readouterr().err
+    assert "6 of 8 chats are longer than 128 tokens: 0 cut, 6 left out" in said
+    assert "chat.jsonl:4: " in said
+    kept = make([CHATS[0], CHATS[1]], "sequence_length: 128", "kept")
+    assert rows_of(out) == rows_of(kept)
+
+
+def test_long_chats_are_cut_when_asked_but_not_to_nothing_of_the_assistants(
+    make, hugging_face, library
+):
+    recipe = "{sequence_length: 128, too_long: truncate}"
+    out = make([CHATS[0], LONG, LONG_USER], recipe)
+    counts = json.loads((out / "packing.json").read_text())
+    assert counts["chats"] == 2
+    assert (counts["too_long"]["dropped"], counts["too_long"]["truncated"]) == (1, 1)
+    ids, mask = max(chats_in(out), key=lambda chat: len(chat[0]))
+    ((whole, said),) = of_transformers(hugging_face, [LONG])
+    assert ids == whole[:128]
+    assert mask == [*said[:127], 0], "the last token of a cut chat predicts nothing"
+    assert counts["loss_tokens"] == sum(sum(row["loss_mask"]) for row in rows_of(out))
+
+
+def test_where_every_chat_is_too_long_nothing_is_written(make, tmp_path):
+    with pytest.raises(DataError, match="2 of 2 chats are longer"):
+        make([LONG, LONG], "{sequence_length: 8, too_long: drop}")
+    assert not (tmp_path / "out" / "packed.parquet").exists()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +502,7 @@ def test_a_tokenizer_whose_template_marks_nothing_is_refused(
 
 
 def test_trimmed_offsets_and_split_letters_lose_no_token(
-    make, tmp_path, tokenizer_folder
+    make, tmp_path, tokenizer_folder, library
 ):
     """Where apply_chat_template's own mask goes wrong, as Transformers 5.23 has it."""
     folder = tmp_path / "trimmed"
