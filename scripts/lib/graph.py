@@ -105,8 +105,10 @@ class Node:
     @property
     def outs(self) -> list[str]:
         """What is published and recorded, the content first."""
-        metrics = [f"{self.folder}/metrics.jsonl"] if STAGES[self.stage].trains else []
-        return [self.content, *metrics, f"{self.folder}/provenance.json"]
+        stage = STAGES[self.stage]
+        beside = ("metrics.jsonl",) if stage.trains else stage.beside
+        files = [f"{self.folder}/{name}" for name in (*beside, "provenance.json")]
+        return [self.content, *files]
 
     @property
     def manifest(self) -> str:

@@ -459,7 +459,7 @@ class Job:
             )
         if status:
             self.explain(status, log)
-        for out in node.outs[1:-1]:  # metrics do not count as content
+        for out in node.outs[1:-1]:  # these do not count as content
             (content / Path(out).name).replace(self.out / Path(out).name)
         return True
 

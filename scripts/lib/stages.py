@@ -34,7 +34,8 @@ class Stage:
 
     `content` is the folder of an artifact that descendants read. `packages` are
     those whose version can change a result: they are part of a node's identity,
-    at the version that the engine's lock pins. `launcher` starts the processes of
+    at the version that the engine's lock pins. `beside` are files that the script
+    writes with the content, published apart from it. `launcher` starts the processes of
     those that can have several. `nvidia` is the script of that engine, started by
     `nvidia_launcher`; a stage without one is run by transformers whatever the config's
     engine, and one without `script` by nvidia alone. `nvidia_flags` are the placement
@@ -48,6 +49,7 @@ class Stage:
     recipe: type[BaseModel]
     packages: tuple[str, ...] = ()
     trains: bool = False
+    beside: tuple[str, ...] = ()
     launcher: Launcher = ""
     nvidia: str = ""
     nvidia_packages: tuple[str, ...] = ()
@@ -92,7 +94,8 @@ STAGES: dict[str, Stage] = {
             "data",
             schema.Tokenize,
             schema.TokenizeRecipe,
-            (*_HF, "numpy"),
+            (*_HF, "fastokens", "numpy"),
+            beside=("receipts.json",),
         ),
         Stage(
             "pack",

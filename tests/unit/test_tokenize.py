@@ -71,7 +71,7 @@ def test_ids_are_those_of_one_document_at_a_time(
     found = documents(make(a=path) / "a")
     assert found == expected(tokenizer_folder, TEXTS)
     content = (tmp_path / "out" / "a.bin").read_bytes()
-    (tmp_path / "out.work" / "a.receipt.json").unlink()
+    (tmp_path / "out.work" / "a.receipts.jsonl").unlink()
     monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 2)
     assert (make(a=path) / "a.bin").read_bytes() == content
 

@@ -1,0 +1,102 @@
+"""A Megatron bin/idx pair written file by file, which can go back to a file's start.
+
+The bytes are those of `scripts.lib.indexed`, which describes the format. Lengths of
+documents wait in a file, so memory grows neither with tokens nor with documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scripts.lib.indexed import CODES, HEAD, MAGIC, VERSION, token_dtype
+
+BLOCK = 1 << 20
+
+Array = npt.NDArray[Any]
+
+
+class Shard:
+    """Writes PREFIX.bin and PREFIX.idx; neither name exists before `finish`.
+
+    `sizes` is a file for the documents' lengths. What PREFIX.bin.tmp and it hold of
+    an earlier run is kept as far as `go_back` is told, and dropped without.
+    """
+
+    def __init__(self, prefix: Path, sizes: Path, vocab_size: int) -> None:
+        self.prefix, self.sizes = prefix, sizes
+        self.dtype = token_dtype(vocab_size)
+        self.num_documents = self.num_tokens = 0
+        self._bin = prefix.with_name(f"{prefix.name}.bin.tmp").open("ab")
+        self._sizes = sizes.open("ab")
+
+    def holds(self, num_documents: int, num_tokens: int) -> bool:
+        """Whether the files are long enough to go on from there."""
+        return (
+            self._bin.tell() >= num_tokens * self.dtype.itemsize
+            and self._sizes.tell() >= num_documents * 4
+        )
+
+    def go_back(self, num_documents: int, num_tokens: int) -> None:
+        """Drop what came after this many documents and tokens."""
+        self.flush()
+        self._bin.truncate(num_tokens * self.dtype.itemsize)
+        self._sizes.truncate(num_documents * 4)
+        self.num_documents, self.num_tokens = num_documents, num_tokens
+
+    def add(self, ids: Array, lengths: Array) -> None:
+        """Append documents: their ids in a row, and how many are each one's."""
+        self._bin.write(np.ascontiguousarray(ids, self.dtype).data)
+        self._sizes.write(lengths.astype("<i4").data)
+        self.num_documents += len(lengths)
+        self.num_tokens += len(ids)
+
+    def flush(self) -> None:
+        """Have on disk what was added, for a later run to find."""
+        self._bin.flush()
+        self._sizes.flush()
+
+    def close(self) -> None:
+        """Leave the files as they are."""
+        self._bin.close()
+        self._sizes.close()
+
+    def finish(self) -> None:
+        """Write the index and give both files their names, the index last."""
+        self.close()
+        index = self.prefix.with_name(f"{self.prefix.name}.idx.tmp")
+        num_sequences = sum(int(np.count_nonzero(b)) for b in self._blocks())
+        code = next(code for code, dtype in CODES.items() if dtype == self.dtype)
+        with index.open("wb") as file:
+            file.write(
+                HEAD.pack(MAGIC, VERSION, code, num_sequences, self.num_documents + 1)
+            )
+            for block in self._blocks():
+                file.write(block[block > 0].tobytes())
+            itemsize = self.dtype.itemsize
+            for first in self._running(lambda b: b[b > 0] * np.int64(itemsize)):
+                file.write(first[:-1].astype("<i8").tobytes())
+            file.write(bytes(8))
+            for first in self._running(lambda b: (b > 0).astype(np.int64)):
+                file.write(first[1:].astype("<i8").tobytes())
+        for suffix in (".bin", ".idx"):
+            name = f"{self.prefix.name}{suffix}"
+            self.prefix.with_name(f"{name}.tmp").replace(self.prefix.with_name(name))
+        self.sizes.unlink()
+
+    def _blocks(self) -> Iterator[Array]:
+        with self.sizes.open("rb") as file:
+            while content := file.read(4 * BLOCK):
+                yield np.frombuffer(content, "<i4")
+
+    def _running(self, of: Callable[[Array], Array]) -> Iterator[Array]:
+        """Sums up to each item of the blocks, the sum before a block in front."""
+        total = 0
+        for block in self._blocks():
+            sums = np.cumsum(np.concatenate([[total], of(block)]), dtype=np.int64)
+            yield sums
+            total = int(sums[-1])
