@@ -2,12 +2,18 @@
 
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import processors
 
-from scripts.data import tokenize, tokenizer
+from scripts.data import fast, tokenize, tokenizer
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.indexed import IndexedReader
 
@@ -175,3 +181,222 @@ def test_a_folder_without_a_tokenizer_is_named(make, tmp_path):
 def test_data_not_in_the_recipe_is_refused(make, tmp_path):
     with pytest.raises(RecipeError, match="not a dataset of the recipe"):
         make("sources: {b: {}}", a=lines(tmp_path / "a.jsonl", ["one"]))
+
+
+def receipts(out):
+    return json.loads((out / "receipts.json").read_text())
+
+
+def content(out):
+    names = ("a.bin", "a.idx", "b.bin", "b.idx", "blend.json")
+    return {name: (out / name).read_bytes() for name in names if (out / name).exists()}
+
+
+def hugging_face_alone(monkeypatch):
+    monkeypatch.setattr(fast, "_fastokens", lambda path: (None, "not wanted"))
+
+
+@pytest.mark.parametrize("cores", ["2", "3"])
+def test_the_bytes_do_not_depend_on_cores_nor_on_the_library(
+    make, tmp_path, monkeypatch, cores
+):
+    a = lines(tmp_path / "a.jsonl", TEXTS * 40)
+    b = lines(tmp_path / "b.jsonl", ["", "six é", "\0"] * 9)
+    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 7)
+    first = content(make(a=a, b=b))
+    wanted = receipts(tmp_path / "out")
+    for number in itertools.count():
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.work")
+        if number == 2:
+            break
+        if number:
+            hugging_face_alone(monkeypatch)
+        else:
+            monkeypatch.setattr(tokenize, "BYTES_OF_A_WORKER", 1)
+            monkeypatch.setenv("OMP_NUM_THREADS", cores)
+        assert content(make(a=a, b=b)) == first
+        if not number:
+            assert receipts(tmp_path / "out") == wanted
+
+
+def test_receipts_tell_of_each_file(make, tmp_path, tokenizer_folder):
+    a = tmp_path / "a"
+    a.mkdir()
+    lines(a / "1.jsonl", ["one", "two"])
+    lines(a / "2.jsonl", ["", "漢字"])
+    out = make(a=a)
+    found = receipts(out)
+    assert found["tokenizer.json"] == tokenize.digest(
+        tokenizer_folder / "tokenizer.json"
+    )
+    first, second = found["sources"]["a"]
+    assert first["file"] == "1.jsonl"
+    assert first["digest"] == tokenize.digest(a / "1.jsonl")
+    assert (first["encoder"], first["checked"]) == ("fastokens", 2)
+    assert (second["documents"], second["bytes"]) == (2, 2 * second["tokens"])
+    assert first["bytes"] + second["bytes"] == (out / "a.bin").stat().st_size
+
+
+def test_one_wrong_document_leaves_its_whole_file_to_hugging_face(
+    make, tmp_path, monkeypatch, capsys
+):
+    a = tmp_path / "a"
+    a.mkdir()
+    for name, texts in (("1", ["one"]), ("2", ["two"] * 9 + ["zwölf"]), ("3", ["six"])):
+        lines(a / f"{name}.jsonl", texts)
+    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 2)
+    right = content(make(a=a))
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.work")
+
+    ids = fast.Encoder.fastokens
+
+    def wrong(encoder, texts):
+        return ids(encoder, [text.replace("z", "q") for text in texts])
+
+    monkeypatch.setattr(fast.Encoder, "fastokens", wrong)
+    assert content(make(a=a)) == right
+    assert "2.jsonl: other ids" in capsys.readouterr().err
+    found = receipts(tmp_path / "out")["sources"]["a"]
+    encoders = [file["encoder"] for file in found]
+    assert encoders == ["fastokens", "tokenizers", "fastokens"]
+    assert "zwölf" in found[1]["because"]
+
+
+def test_a_refused_tokenizer_is_encoded_all_the_same_and_said(
+    make, tmp_path, monkeypatch, capsys
+):
+    hugging_face_alone(monkeypatch)
+    out = make(a=lines(tmp_path / "a.jsonl", TEXTS))
+    assert "fastokens refuses this tokenizer (not wanted)" in capsys.readouterr().err
+    assert receipts(out)["sources"]["a"][0]["because"] == "refused"
+
+
+def test_a_run_goes_on_at_the_file_it_was_at(
+    make, tmp_path, tokenizer_folder, monkeypatch
+):
+    a = tmp_path / "a"
+    a.mkdir()
+    for name in "123":
+        lines(a / f"{name}.jsonl", [f"{name} one", "", "two"] * 5)
+    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 4)
+    whole = content(make(a=a))
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.work")
+
+    encode, encoded = fast.Encoder.encode, []
+
+    def killed(encoder, texts, check, append_eod):
+        encoded.extend(texts)
+        if "3 one" in texts:
+            raise KeyboardInterrupt
+        return encode(encoder, texts, check, append_eod)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.Encoder, "encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(a=a)
+        journal = tmp_path / "out.work" / "a.receipts.jsonl"
+        journal.write_text(journal.read_text() + '{"torn')
+        encoded.clear()
+        with pytest.raises(KeyboardInterrupt):
+            make(a=a)
+        assert not {"1 one", "2 one"} & set(encoded), "these were whole"
+    assert content(make(a=a)) == whole
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"a.bin", "a.idx", "blend.json", "receipts.json"}
+
+
+def test_workers_end_with_a_killed_run_and_another_goes_on(tmp_path, tokenizer_folder):
+    data = lines(tmp_path / "a.jsonl", [f"one {i} é" * 40 for i in range(30_000)])
+    (tmp_path / "r.yaml").write_text("{}")
+    command = [sys.executable, "-m", "scripts.data.tokenize"]
+    command += ["--tokenizer", str(tokenizer_folder), "--data", f"a={data}"]
+    command += ["--recipe", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]
+    two = {**os.environ, "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, env=two)
+    progress = tmp_path / "out.work" / "progress.json"
+    deadline = time.monotonic() + 60
+    while not progress.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [int(pid) for pid in children.read_text().split()]
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(alive, workers))
+    assert not (tmp_path / "out" / "a.bin").exists()
+    subprocess.run(command, env=two, check=True)
+    assert len(IndexedReader(tmp_path / "out" / "a")) == 30_000
+
+
+def alive(pid):
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )
+    except OSError:
+        return False
+
+
+def test_bad_input_is_named_and_the_rest_is_kept(
+    make, tmp_path, tokenizer_folder, capsys
+):
+    path = tmp_path / "a.jsonl"
+    good = [json.dumps({"text": text}).encode() for text in ("one", "nul \0 nul", "")]
+    bad = [b'{"text": "\\ud800"}', b'{"text": "\xff"}', b'{"text": null}', b"\0"]
+    path.write_bytes(b"\n".join([good[0], *bad, *good[1:]]) + b"\n")
+    for allowed in (0, 3):
+        with pytest.raises(DataError, match="bad rows") as caught:
+            make(f"sources: {{a: {{max_bad_rows: {allowed}}}}}", a=path)
+        for number, what in enumerate(
+            ("lone surrogate", "not UTF-8", "is null", "not JSON"), 2
+        ):
+            line = next(x for x in str(caught.value).splitlines() if f":{number}:" in x)
+            assert what in line
+    out = make("sources: {a: {max_bad_rows: 4}}", a=path)
+    assert documents(out / "a") == expected(tokenizer_folder, ["one", "nul \0 nul", ""])
+    blend = json.loads((out / "blend.json").read_text())
+    assert (blend["sources"][0]["bad_rows"], blend["sources"][0]["documents"]) == (4, 3)
+
+
+def test_bad_rows_are_counted_over_all_files_of_a_source(make, tmp_path):
+    a = tmp_path / "a"
+    a.mkdir()
+    (a / "1.jsonl").write_text("no\n")
+    (a / "2.jsonl").write_text('{"text": "one"}\nno\n')
+    with pytest.raises(DataError, match=r"2\.jsonl:2: not JSON"):
+        make("sources: {a: {max_bad_rows: 1}}", a=a)
+    blend = make("sources: {a: {max_bad_rows: 2}}", a=a) / "blend.json"
+    assert json.loads(blend.read_text())["sources"][0]["bad_rows"] == 2
+    (a / "2.jsonl").write_text("no\n")
+    with pytest.raises(DataError, match="holds no usable row"):
+        make("sources: {a: {max_bad_rows: 2}}", a=a)
+
+
+def test_a_line_longer_than_a_batch_is_one_document(make, tmp_path, tokenizer_folder):
+    text = "one two three zwölf 漢字 " * 50_000
+    assert len(text) > tokenize.BATCH_CHARACTERS
+    out = make(a=lines(tmp_path / "a.jsonl", ["one", text, "two"]))
+    reader = IndexedReader(out / "a")
+    assert len(reader) == 3
+    tok = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    assert reader[1].tolist() == [*tok.encode(text).ids, EOS]
+
+
+def test_ids_beyond_uint16_are_stored_as_int32(make, tmp_path, tokenizer_folder):
+    folder = tmp_path / "large"
+    shutil.copytree(tokenizer_folder, folder)
+    tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tok.add_tokens([f"<|{i}|>" for i in range(70_000)])
+    tok.save(str(folder / "tokenizer.json"))
+    texts = ["one <|69999|> two", "", "<|0|>"]
+    out = make(folder=folder, a=lines(tmp_path / "a.jsonl", texts))
+    assert IndexedReader(out / "a").dtype.itemsize == 4
+    found = documents(out / "a")
+    assert found == expected(folder, texts)
+    assert max(found[0]) > 65_535

@@ -1,0 +1,258 @@
+"""The fast tokenizer library gives Hugging Face's ids, or Hugging Face's are taken."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from scripts.data import fast
+from scripts.data.fast import EVERY, NEEDED_APART, Checks, Encoder
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PLAIN = "the of and hello world tokenizer don't we'LL it's I'M 12345 3.14 foo_bar"
+FAR = "naïve Straße 漢字仮名 한국어 привет नमस्ते ภาษาไทย שלום مرحبا 🙂👩\u200d👩\u200d👧 e\u0301 ﬁ İ ſ"
+SPECIAL = "<bos> <eos> <eos>x <pad> <tool> <|x|> <eo s>"
+SPACES = [" ", "  ", "\n", "\r\n", "\t", "\0", "\u00a0", "\u3000", "\u2028", "\ufeff"]
+RUNS = ["a" * 70, "!?" * 40, "é" * 50, "\n" * 30, " " * 90, "0" * 33]
+WORDS = [*PLAIN.split(), *FAR.split(), *SPECIAL.split(), *SPACES, *RUNS]
+CORPUS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
+
+
+def byte_level():
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tok.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    train(tok, 700, initial_alphabet=alphabet)
+    return tok
+
+
+def gpt_2():
+    tok = Tokenizer(models.BPE())
+    tok.normalizer = normalizers.NFC()
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    train(tok, 600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return tok
+
+
+def metaspace():
+    """As Llama 2's: pieces of characters, bytes where one is unknown."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tok.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    train(tok, 700, special=["<unk>", *pieces])
+    return tok
+
+
+def word_piece():
+    tok = Tokenizer(
+        models.WordPiece({"<unk>": 0, "the": 1, "<eos>": 2}, unk_token="<unk>")
+    )
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tok
+
+
+def train(tok, vocab_size, special=(), **settings):
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size + len(special),
+        special_tokens=["<bos>", "<eos>", "<pad>", *special],
+        show_progress=False,
+        **settings,
+    )
+    tok.train_from_iterator(CORPUS * 3, trainer)
+    tok.add_tokens([AddedToken("<tool>", lstrip=True, rstrip=True), "<|x|>"])
+
+
+def save(tok, folder):
+    folder.mkdir()
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return folder
+
+
+FAMILIES = (byte_level, gpt_2, metaspace)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda f: f.__name__)
+def encoder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers") / request.param.__name__
+    found = Encoder(save(request.param(), folder))
+    assert not found.refusal
+    return found
+
+
+def assert_same(encoder, texts):
+    ids, lengths = encoder.fastokens(texts)
+    theirs, their_lengths = encoder.hugging_face(texts)
+    starts = np.cumsum(lengths) - lengths
+    if np.array_equal(ids, theirs) and np.array_equal(lengths, their_lengths):
+        return
+    at = np.cumsum(their_lengths) - their_lengths
+    for i, text in enumerate(texts):
+        ours = ids[starts[i] : starts[i] + lengths[i]].tolist()
+        assert ours == theirs[at[i] : at[i] + their_lengths[i]].tolist(), repr(text)
+
+
+def test_every_code_point_has_hugging_faces_ids(encoder):
+    points = [p for p in range(0x110000) if not 0xD800 <= p < 0xE000]
+    step = 64
+    assert_same(
+        encoder,
+        [
+            "".join(f"{chr(p)}a" if p % 3 else chr(p) for p in points[i : i + step])
+            for i in range(0, 0x30000, step)
+        ],
+    )
+    assert_same(
+        encoder,
+        [
+            "".join(map(chr, points[i : i + step]))
+            for i in range(0x30000, len(points), 16 * step)
+        ],
+    )
+
+
+def test_random_mixes_have_hugging_faces_ids(encoder):
+    draw = random.Random(7)
+    ranges = [
+        (0, 0x250),
+        (0x250, 0x2000),
+        (0x2000, 0x3400),
+        (0x3400, 0xD7FF),
+        (0xE000, 0x1FFFF),
+    ]
+    texts = []
+    for _ in range(3000):
+        parts = []
+        for _ in range(draw.randrange(12)):
+            kind = draw.random()
+            if kind < 0.6:
+                parts.append(draw.choice(WORDS))
+            elif kind < 0.7:
+                parts.append(" ")
+            else:
+                first, last = draw.choice(ranges)
+                parts.append(chr(draw.randrange(first, last)) * draw.choice([1, 1, 2]))
+        texts.append("".join(parts))
+    assert_same(encoder, texts)
+
+
+def test_long_words_and_long_runs_have_hugging_faces_ids(encoder):
+    draw = random.Random(3)
+    letters = "".join(draw.choices("abcdefgé漢", k=20_000))
+    assert_same(
+        encoder,
+        [
+            letters,
+            "a" * 20_000,
+            " " * 20_000,
+            "\n" * 9_999,
+            "1" * 9_999,
+            "<eos>" * 3_000,
+            "",
+        ],
+    )
+
+
+def test_special_tokens_in_a_text_and_around_it(encoder):
+    assert_same(
+        encoder,
+        [
+            "<eos>",
+            " <eos> ",
+            "a <tool> b",
+            "<tool><|x|>",
+            "<eos",
+            "<EOS>",
+            "<bos><bos>",
+        ],
+    )
+
+
+def test_no_texts_and_empty_texts(encoder):
+    for texts in ([], [""], ["", "a", ""]):
+        assert_same(encoder, texts)
+        encoded = encoder.encode(texts, list(range(len(texts))), True)
+        assert not encoded.fault
+        assert len(encoded.lengths) == len(texts)
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_the_end_follows_each_document_with_a_token_by_either_library(
+    encoder, append_eod
+):
+    texts = ["", *CORPUS[:9], ""]
+    ours = encoder.encode(texts, [], append_eod)
+    theirs = encoder.encode(texts, None, append_eod)
+    assert ours.ids.tolist() == theirs.ids.tolist()
+    assert ours.lengths.tolist() == theirs.lengths.tolist()
+    end = [encoder.eod_id] if append_eod else []
+    wanted = [encoder.tokenizer.encode(text).ids for text in texts]
+    assert theirs.ids.tolist() == [id for ids in wanted if ids for id in (*ids, *end)]
+
+
+def test_a_tokenizer_that_is_refused_says_why(tmp_path):
+    encoder = Encoder(save(word_piece(), tmp_path / "word"))
+    assert "unsupported" in encoder.refusal
+    assert encoder.encode(["the"], None, True).ids.tolist() == [1, 2]
+
+
+class Wrong:
+    """fastokens with a fault: every z is another token."""
+
+    def __init__(self, right):
+        self.right = right
+
+    def encode_batch_flat(self, texts, **flags):
+        return self.right.encode_batch_flat(
+            [t.replace("z", "q") for t in texts], **flags
+        )
+
+
+def test_a_difference_in_a_checked_text_is_told(encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "fast", Wrong(encoder.fast))
+    assert "'az'" in encoder.encode(["b", "az"], [1], True).fault
+    assert not encoder.encode(["b", "az"], [0], True).fault
+
+
+def test_a_failure_of_the_library_is_told(encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "fast", None)
+    assert "fastokens failed" in encoder.encode(["a"], [0], True).fault
+
+
+def test_each_text_with_a_code_point_not_seen_is_checked_and_a_sample():
+    checks = Checks()
+    texts = ["ab", "ba", "abc", *["a"] * EVERY, "é", "é", "漢", "演", "ab\0", "ab\0"]
+    chosen = checks.choose(texts[:2]) + [i + 2 for i in checks.choose(texts[2:])]
+    assert chosen == [0, 2, EVERY, *(EVERY + i for i in (3, 5, 7, 8))]
+
+
+def test_what_unicode_may_yet_change_is_always_checked_and_marks_more_often():
+    for char, wanted in (("\U000e0999", 50), ("\ue000", 50), ("\u0301", NEEDED_APART)):
+        checks = Checks()
+        checks.choose(["a"])
+        assert len(checks.choose([f"a{char}"] * 50)) == wanted, hex(ord(char))
+    assert fast.ALWAYS > NEEDED_APART
