@@ -6,7 +6,8 @@ not settled. A code point is settled once NEEDED texts that hold it were encoded
 alike: one for most, more for those that normalizers and regexes treat apart (marks,
 format characters, spaces, letters that fold to others). Those that Unicode has not
 assigned, control characters and private ones never are. A Han or Hangul code point
-settles its block of 256: Unicode says the same of all of it.
+settles its block of 256: Unicode says the same of all of it. A very long text is
+compared in pieces: Hugging Face's needs a hundred times a text's size in memory.
 
 A difference, or any failure of fastokens, is for the caller to answer, by having
 Hugging Face's tokenizer encode the whole file. A tokenizer that fastokens refuses is
@@ -37,6 +38,7 @@ from scripts.lib.errors import DataError, UserError
 from scripts.lib.indexed import token_dtype
 
 EVERY = 128
+PIECE_CHARACTERS = 2_000_000
 NEEDED, NEEDED_APART, ALWAYS = 1, 16, 127
 NOT_SEEN = -1
 CODE_POINTS = 0x110000
@@ -106,24 +108,38 @@ class Encoder:
 
     def checked(self, texts: list[str], check: list[int]) -> tuple[Ids, Ids, str]:
         """Ids of fastokens, and how those of the texts in `check` differ, if they do."""
-        nothing = np.empty(0, np.uint32), np.empty(0, np.int64)
         try:
             ids, lengths = self.fastokens(texts)
+            fault = self._difference(texts, check, ids, lengths)
         except BaseException as error:  # a panic in Rust is no Exception
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            return *nothing, f"fastokens failed: {type(error).__name__}: {error}"
-        if len(ids) and ids.max() >= self.vocab_size:
-            return *nothing, f"fastokens gave an id outside: {ids.max()}"
-        ends = np.cumsum(lengths)
-        theirs, their_lengths = self.hugging_face([texts[i] for i in check])
-        first = 0
-        for i, length in zip(check, their_lengths.tolist(), strict=True):
-            ours = ids[ends[i] - lengths[i] : ends[i]]
-            if not np.array_equal(ours, theirs[first : first + length]):
-                return *nothing, f"other ids than Hugging Face's for {texts[i][:80]!r}"
-            first += length
+            fault = f"fastokens failed: {type(error).__name__}: {error}"
+        if fault:
+            return np.empty(0, np.uint32), np.empty(0, np.int64), fault
         return ids, lengths, ""
+
+    def _difference(
+        self, texts: list[str], check: list[int], ids: Ids, lengths: Ids
+    ) -> str:
+        if len(ids) and ids.max() >= self.vocab_size:
+            return f"fastokens gave an id outside of the vocabulary: {ids.max()}"
+        short = [i for i in check if len(texts[i]) <= PIECE_CHARACTERS]
+        theirs, their_lengths = self.hugging_face([texts[i] for i in short])
+        ends, their_ends = np.cumsum(lengths), np.cumsum(their_lengths)
+        for n, i in enumerate(short):
+            ours = ids[ends[i] - lengths[i] : ends[i]]
+            if not np.array_equal(
+                ours, theirs[their_ends[n] - their_lengths[n] : their_ends[n]]
+            ):
+                return f"other ids than Hugging Face's for {texts[i][:80]!r}"
+        for i in sorted(set(check) - set(short)):
+            for first in range(0, len(texts[i]), PIECE_CHARACTERS):
+                piece = [texts[i][first : first + PIECE_CHARACTERS]]
+                theirs, _ = self.hugging_face(piece)
+                if not np.array_equal(self.fastokens(piece)[0], theirs):
+                    return f"other ids than Hugging Face's within {texts[i][:80]!r}"
+        return ""
 
     def encode(
         self, texts: list[str], check: list[int] | None, append_eod: bool

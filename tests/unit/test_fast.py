@@ -238,6 +238,15 @@ def test_a_difference_in_a_checked_text_is_told(encoder, monkeypatch):
     assert not encoder.encode(["b", "az"], [0], True).fault
 
 
+def test_a_very_long_text_is_checked_in_pieces(encoder, monkeypatch):
+    monkeypatch.setattr(fast, "PIECE_CHARACTERS", 10)
+    texts = ["a", "b c" * 9, "b c" * 9 + "z"]
+    assert not encoder.encode(texts, [0, 1, 2], True).fault
+    monkeypatch.setattr(encoder, "fast", Wrong(encoder.fast))
+    assert not encoder.encode(texts, [0, 1], True).fault
+    assert "within 'b c" in encoder.encode(texts, [0, 1, 2], True).fault
+
+
 def test_a_failure_of_the_library_is_told(encoder, monkeypatch):
     monkeypatch.setattr(encoder, "fast", None)
     assert "fastokens failed" in encoder.encode(["a"], [0], True).fault
