@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import pydantic
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from scripts.lib.errors import RecipeError, UserError
 
@@ -77,6 +75,9 @@ def load_recipe(path: Path, model: type[Recipe]) -> Recipe:
 
     Raises RecipeError with the file and key.
     """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
         return model.model_validate(YAML(typ="safe").load(path) or {})
     except (OSError, YAMLError) as error:

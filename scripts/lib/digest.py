@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 SHARED_CONFIGS = ("/etc/xdg/dvc/config", "~/.config/dvc/config")
 """DVC's own files for `--system` and `--global`."""
@@ -48,6 +49,57 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+class Kept:
+    """What was made of some bytes before, by their digest, kept in one JSON file.
+
+    All of it is made anew where the code of `maker`, or `version`, is another.
+    """
+
+    def __init__(self, store: Path, maker: Path, version: str = "") -> None:
+        self.store, self.maker, self.version = store, maker, version
+        self.by, self.read_from = "", Path()
+        self.known: dict[str, list[Any]] = {}
+        self.changed = False
+
+    def get(self, name: str, source: bytes) -> Any:
+        """What was made of `source` under this name; None if that is not known."""
+        self._read()
+        digest, made = self.known.get(name, ("", None))
+        return made if digest == hashlib.sha256(source).hexdigest() else None
+
+    def put(self, name: str, source: bytes, made: Any) -> None:
+        """Keep what was made, if JSON gives it back as it is."""
+        self._read()
+        try:
+            same = json.loads(json.dumps(made)) == made
+        except (TypeError, ValueError):
+            same = False
+        if same:
+            self.known[name] = [hashlib.sha256(source).hexdigest(), made]
+            self.changed = True
+
+    def save(self) -> None:
+        """Write what is new."""
+        if self.changed:
+            write_atomic(
+                self.read_from, json.dumps({"by": self.by, "known": self.known})
+            )
+            self.changed = False
+
+    def _read(self) -> None:
+        if self.read_from == self.store.absolute():  # else another working folder
+            return
+        self.read_from, self.changed = self.store.absolute(), False
+        self.by = f"{md5_file(self.maker)} {self.version}"
+        self.known = {}
+        try:
+            stored = json.loads(self.store.read_text())
+            if stored["by"] == self.by:
+                self.known = stored["known"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
+
+
 class Memory:
     """Digests of files read before, kept in one JSON file."""
 
@@ -74,19 +126,27 @@ class Memory:
 
     def file(self, path: Path) -> str:
         """A file's md5, read again only if its inode, size or time changed."""
-        signature, known = self.signature(path), self.known.get(str(path))
-        if known and known[0] == signature:
-            return known[1]
-        md5 = md5_file(path)
-        self.remember(path, md5)
+        md5 = self.seen(path)
+        if md5 is None:
+            md5 = md5_file(path)
+            self.remember(path, md5)
         return md5
+
+    def seen(self, path: Path) -> str | None:
+        """A file's md5 if it was read before and is as it was."""
+        known = self.known.get(str(path))
+        return known[1] if known and known[0] == self.signature(path) else None
 
     def files(self, folder: Path) -> dict[str, str]:
         """{relative path: md5} of a folder; what is new is read on all cores."""
         names = files_in(folder)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            sums = pool.map(lambda name: self.file(folder / name), names)
-        return dict(zip(names, sums, strict=True))
+        found = {name: self.seen(folder / name) for name in names}
+        new = [name for name, md5 in found.items() if md5 is None]
+        if new:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                sums = pool.map(lambda name: self.file(folder / name), new)
+                found |= dict(zip(new, sums, strict=True))
+        return {name: str(md5) for name, md5 in found.items()}
 
     def recorded_as(self, path: Path) -> str | None:
         """What DVC would record for a file or folder; None if it is not there."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +142,37 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         pending = {node.id: node for node in nodes}
         while pending:
-            ready = [n for n in pending.values() if not set(n.parents) & set(pending)]
+            ready = [
+                n for n in pending.values() if not any(p in pending for p in n.parents)
+            ]
             assert ready, "cycles are refused when the graph is built"
             for node in ready:
                 self.nodes[node.id] = pending.pop(node.id)
+        self.place = {id: place for place, id in enumerate(self.nodes)}
+        self.below: dict[str, list[str]] = {id: [] for id in self.nodes}
+        for node in self.nodes.values():
+            for parent in dict.fromkeys(node.parents):
+                self.below[parent].append(node.id)
 
     def children(self, id: str) -> list[str]:
-        return [n.id for n in self.nodes.values() if id in n.parents]
+        return self.below[id]
 
     def ancestors(self, id: str) -> list[str]:
         """Every node above, parents before children."""
-        return [n for n in self.nodes if n in self._above(id)]
+        return self._in_order(self._above(id))
 
     def descendants(self, id: str) -> list[str]:
-        return [n for n in self.nodes if id in self._above(n)]
+        found: set[str] = set()
+        todo = [*self.below[id]]
+        while todo:
+            one = todo.pop()
+            if one not in found:
+                found.add(one)
+                todo += self.below[one]
+        return self._in_order(found)
+
+    def _in_order(self, ids: Collection[str]) -> list[str]:
+        return sorted(ids, key=self.place.__getitem__)
 
     def before(self, id: str) -> list[str]:
         """What must be ready first: the ancestors, and all data of the descendants.
@@ -164,10 +182,13 @@ class Graph:
         wanted = set(self._above(id))
         if STAGES[self.nodes[id].stage].trains:
             below = {id, *self.descendants(id)}
-            for node in below:
-                data = {n for n in self._above(node) if n.split("/")[0] in DATA}
-                wanted |= {n for n in data if not self._above(n) & below}
-        return [n for n in self.nodes if n in wanted]
+            data: set[str] = set().union(*(self._data_above(node) for node in below))
+            wanted |= {n for n in data if not self._above(n) & below}
+        return self._in_order(wanted)
+
+    @functools.cache  # noqa: B019: a graph lives as long as its process
+    def _data_above(self, id: str) -> frozenset[str]:
+        return frozenset(n for n in self._above(id) if n.split("/")[0] in DATA)
 
     def _above(self, id: str) -> frozenset[str]:
         if not hasattr(self, "_memo"):
@@ -188,7 +209,7 @@ class Graph:
             {
                 "config": self.config,
                 "files": self.config_files,
-                "nodes": [asdict(node) for node in self.nodes.values()],
+                "nodes": [vars(node) for node in self.nodes.values()],
             }
         )
 
@@ -248,6 +269,7 @@ class _Builder:
         self.places = [(config.placement, lines)]
         if cluster:
             self.places.append((cluster[0].placement, cluster[1]))
+        self.definitions: dict[str, dict[str, Any]] = {}
         self.sections: dict[str, dict[str, Any]] = {
             stage: getattr(config, stage) for stage in STAGES
         }
@@ -259,16 +281,18 @@ class _Builder:
 
     def ref(self, key: tuple[str, ...], name: str, stages: tuple[str, ...]) -> str:
         """The id of the node that `name` means: `node`, or `stage/node`."""
-        known = {f"{s}/{n}": f"{s}/{n}" for s in stages for n in self.sections[s]}
-        known |= {n: f"{s}/{n}" for s in stages for n in self.sections[s]}
-        if name not in known:
-            wanted = stages[0] if len(stages) == 1 else "one of " + ", ".join(stages)
-            raise self.error(
-                key,
-                f"no such node: {name} (of {wanted})",
-                nearest(name, [n for s in stages for n in self.sections[s]]),
-            )
-        return known[name]
+        for stage in reversed(stages):
+            if name in self.sections[stage]:
+                return f"{stage}/{name}"
+        of, _, alone = name.partition("/")
+        if of in stages and alone in self.sections[of]:
+            return name
+        wanted = stages[0] if len(stages) == 1 else "one of " + ", ".join(stages)
+        raise self.error(
+            key,
+            f"no such node: {name} (of {wanted})",
+            nearest(name, [n for s in stages for n in self.sections[s]]),
+        )
 
     def content(self, id: str) -> str:
         stage, name = id.split("/")
@@ -792,6 +816,11 @@ class _Builder:
         return file, self.json_of(file)
 
     def json_of(self, file: str) -> dict[str, Any]:
+        if file not in self.definitions:
+            self.definitions[file] = self.read_json(file)
+        return self.definitions[file]
+
+    def read_json(self, file: str) -> dict[str, Any]:
         try:
             loaded = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:

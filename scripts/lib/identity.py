@@ -10,9 +10,11 @@ import ast
 import functools
 import hashlib
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
+from scripts.lib.digest import Kept
 from scripts.lib.errors import UserError
 from scripts.lib.schema import Engine
 
@@ -31,6 +33,10 @@ check decides whether something is published, not what.
 """
 
 
+READ = Kept(Path("state/code.json"), Path(__file__), str(sys.version_info[:2]))
+"""What was read of a file's code, by its bytes: parsing all of it takes a while."""
+
+
 def _file_of(module: str) -> Path | None:
     base = Path(*module.split("."))
     for path in (base.with_suffix(".py"), base / "__init__.py"):
@@ -39,18 +45,34 @@ def _file_of(module: str) -> Path | None:
     return None
 
 
-@functools.cache
-def _tree(path: Path) -> ast.Module:
+def _parsed(path: Path, source: bytes) -> ast.Module:
     try:
-        return ast.parse(path.read_text(encoding="utf-8"))
+        return ast.parse(source.decode("utf-8"))
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}", f"not Python: {error.msg}") from error
 
 
 def _imports(path: Path) -> set[str]:
     """Modules a file names in imports, at any depth, `from a import b` as a and a.b."""
+    return set(_read(path)[1])
+
+
+@functools.cache
+def _read(path: Path) -> tuple[bool, list[str], str]:
+    """Whether a file holds any code, the modules it names, and its code's digest."""
+    source = path.read_bytes()
+    known = READ.get(str(path), source)
+    if known is None:
+        tree = _parsed(path, source)
+        digest = hashlib.sha256(_canonical(tree).encode()).hexdigest()[:16]
+        known = [bool(tree.body), sorted(_named(tree)), digest]
+        READ.put(str(path), source, known)
+    return known[0], known[1], known[2]
+
+
+def _named(tree: ast.Module) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(_tree(path)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -69,7 +91,7 @@ def modules_of(script: str) -> tuple[str, ...]:
         path = _file_of(module)
         if path is None or module in seen or module in NEUTRAL:
             continue
-        if _tree(path).body:
+        if _read(path)[0]:
             seen.add(module)
         todo += [m for m in _imports(path) if m.split(".")[0] == "scripts"]
     return tuple(sorted(seen))
@@ -112,11 +134,10 @@ def _canonical(node: object) -> str:
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-@functools.cache
 def _module_digest(module: str) -> str:
     path = _file_of(module)
     assert path is not None
-    return hashlib.sha256(_canonical(_tree(path)).encode()).hexdigest()[:16]
+    return _read(path)[2]
 
 
 @functools.cache
@@ -151,7 +172,7 @@ def as_now(code: dict[str, str]) -> dict[str, str]:
 
 def forget() -> None:
     """Read the code and the locks anew from here on."""
-    for cached in (_tree, modules_of, _module_digest, code_of, pins):
+    for cached in (_read, modules_of, code_of, pins, installed):
         cached.cache_clear()
 
 
@@ -174,6 +195,15 @@ def pins(engine: Engine = "transformers") -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
 
 
+@functools.cache
+def installed(package: str) -> str:
+    """The version of a package here, without what follows a `+`."""
+    try:
+        return metadata.version(package).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def versions(
     packages: tuple[str, ...], engine: Engine = "transformers"
 ) -> dict[str, str]:
@@ -192,10 +222,7 @@ def versions(
     if engine == "nvidia":
         return result
     for name, version in result.items():
-        try:
-            found = metadata.version(name).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            found = "not installed"
+        found = installed(name)
         if found != version:
             raise UserError(
                 f"{lock} {name}",

@@ -6,6 +6,7 @@ import difflib
 import os
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
@@ -14,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from scripts.lib.errors import UserError
 from scripts.lib.schema import Cluster, Config
@@ -23,6 +25,12 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 SHOWN_ERRORS = 10
 NODE_DEPTH = 2
 """Keys down to a node: its stage and its name."""
+
+
+SLOW = ("&", "!", "<<", "%", "\t", "\x85", "\u2028", "\u2029", "\ufeff")
+"""What the quick reader leaves to the other: anchors, tags, merges, directives, and
+characters that YAML 1.1 and 1.2 see differently.
+"""
 
 
 class ConfigError(UserError):
@@ -45,9 +53,66 @@ class Lines:
         return f"{self.path} {'.'.join(key)}".rstrip()
 
 
-def _read(path: Path) -> CommentedMap:
+class Section(dict[str, Any]):
+    """A mapping of a file, and the line where each of its keys stands, from 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, int] = {}
+
+
+class _Unusual(Exception):
+    """Something that the quick reader does not know."""
+
+
+class _Quick:
+    """Reads plain YAML by the C parser, ten times as fast as the one for all of it."""
+
+    def __init__(self) -> None:
+        self.yaml = YAML(typ="safe")
+        made = self.yaml.constructor
+        self.scalars: dict[str, Callable[[ScalarNode], Any]] = {
+            "null": lambda node: None,
+            "bool": made.construct_yaml_bool,
+            "int": made.construct_yaml_int,
+            "float": made.construct_yaml_float,
+            "str": made.construct_scalar,
+        }
+
+    def read(self, text: str) -> Section | None:
+        """The document; None where it is not plain, or wrong."""
+        if any(part in text for part in SLOW):
+            return None
+        try:
+            found = self.made(self.yaml.compose(text))
+        except (YAMLError, ValueError, _Unusual):
+            return None
+        return found if isinstance(found, Section) else None
+
+    def made(self, node: Node) -> Any:
+        """What a node stands for."""
+        if isinstance(node, MappingNode):
+            section = Section()
+            for key_node, value in node.value:
+                key = self.made(key_node)
+                if not isinstance(key, str) or key in section:
+                    raise _Unusual
+                section[key] = self.made(value)
+                section.lines[key] = key_node.start_mark.line
+            return section
+        if isinstance(node, SequenceNode):
+            return [self.made(one) for one in node.value]
+        kind = str(getattr(node, "tag", "")).rpartition(":")[2]
+        if kind not in self.scalars:
+            raise _Unusual
+        return self.scalars[kind](node)
+
+
+def _read(path: Path) -> Section:
     try:
         text = path.read_text(encoding="utf-8")
+        if (quick := _Quick().read(text)) is not None:
+            return quick
         loaded = YAML(typ="rt").load(text)
     except FileNotFoundError as error:
         raise ConfigError(
@@ -78,7 +143,17 @@ def _read(path: Path) -> CommentedMap:
         loaded = CommentedMap()
     if not isinstance(loaded, CommentedMap):
         raise ConfigError(str(path), "not a mapping", "see config/config.yaml")
-    return loaded
+    return _section(loaded)
+
+
+def _section(loaded: CommentedMap) -> Section:
+    found = Section()
+    for key, value in loaded.items():
+        inner = isinstance(value, CommentedMap)
+        found[str(key)] = _section(value) if inner else _plain(value)
+        position = (loaded.lc.data or {}).get(key) or (loaded.lc.line,)
+        found.lines[str(key)] = position[0]
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -94,26 +169,25 @@ def _plain(value: Any) -> Any:
 
 
 def _overlay(
-    base: dict[str, Any], top: CommentedMap, path: Path, lines: Lines, at: Key = ()
+    base: dict[str, Any], top: Section, path: Path, lines: Lines, at: Key = ()
 ) -> None:
     """Lay `top` over `base`, in place: mappings merge, null deletes, the rest wins.
 
     Where nothing is below, an empty section or node stays, with its defaults.
     """
     for key, value in top.items():
-        here = (*at, str(key))
-        position = (top.lc.data or {}).get(key) or (top.lc.line,)
-        lines.at[here] = path, position[0] + 1
-        if value is None and str(key) in base:
-            del base[str(key)]
+        here = (*at, key)
+        lines.at[here] = path, top.lines[key] + 1
+        if value is None and key in base:
+            del base[key]
         elif value is None and len(here) <= NODE_DEPTH:
-            base[str(key)] = {}
-        elif isinstance(value, CommentedMap):
-            below = base.get(str(key))
-            base[str(key)] = below if isinstance(below, dict) else {}
-            _overlay(base[str(key)], value, path, lines, here)
+            base[key] = {}
+        elif isinstance(value, Section):
+            below = base.get(key)
+            base[key] = below if isinstance(below, dict) else {}
+            _overlay(base[key], value, path, lines, here)
         else:
-            base[str(key)] = _plain(value)
+            base[key] = value
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Lines, list[Path]]:
@@ -121,7 +195,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Lines, list[Path]]:
 
     Raises ConfigError for what cannot be read or extends itself.
     """
-    chain: list[tuple[Path, CommentedMap]] = []
+    chain: list[tuple[Path, Section]] = []
     current = path
     while True:
         document = _read(current)

@@ -34,7 +34,11 @@ class Strict(BaseModel):
     """No unknown keys, no silent conversions, no changes after validation."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        defer_build=True,  # only what is used: a script knows one stage
     )
 
 

@@ -28,9 +28,10 @@ from io import StringIO
 from pathlib import Path
 from typing import IO, Any
 
-from ruamel.yaml import YAML
+from ruamel import yaml as ruamel
 
-from scripts.lib.digest import Cache, Memory, write_atomic
+from scripts.lib import identity
+from scripts.lib.digest import Cache, Kept, Memory, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.identity import LOCKS, locks_of
@@ -45,6 +46,9 @@ LOCK = Path("dvc.lock")
 IN_RUN = "PIPELINE_RUN"
 """Environment variable that tells a job that the graph and manifests are decided."""
 
+PARSED = Kept(STATE / "lock.json", Path(__file__), ruamel.__version__)
+"""dvc.lock as it was read last."""
+
 MAY = "if "
 NEVER = "never built"
 HARMED = ": restore it"
@@ -52,12 +56,12 @@ HARMED = ": restore it"
 
 def load_yaml(path: Path) -> Any:
     """A YAML file by the loader DVC uses; empty where there is none."""
-    return (YAML(typ="safe").load(path) or {}) if path.exists() else {}
+    return (ruamel.YAML(typ="safe").load(path) or {}) if path.exists() else {}
 
 
 def dump_yaml(data: Any) -> str:
     """YAML 1.2, as DVC reads it, without anchors."""
-    yaml = YAML()
+    yaml = ruamel.YAML()
     yaml.default_flow_style = False
     yaml.width = 88
     yaml.representer.ignore_aliases = lambda *_: True
@@ -118,7 +122,11 @@ def read_lock() -> dict[str, dict[str, Any]]:
     Raises UserError where it is not YAML, such as after a git merge.
     """
     try:
-        stages = load_yaml(LOCK).get("stages") or {}
+        source = LOCK.read_bytes() if LOCK.exists() else b""
+        stages = PARSED.get(str(LOCK), source)
+        if stages is None:
+            stages = load_yaml(LOCK).get("stages") or {}
+            PARSED.put(str(LOCK), source, stages)
         return {name: dict(entry) for name, entry in stages.items()}
     except Exception as error:
         raise UserError(
@@ -135,6 +143,7 @@ class Store:
         self.graph = graph
         self.cache = Cache()
         self.raw = Memory(STATE / "files.json")
+        self.written = Kept(STATE / "declared.json", Path(__file__), ruamel.__version__)
         self.held: IO[str] | None = None
         self.blocked = ""
         self.own: dict[str, list[str]] = {}
@@ -145,6 +154,14 @@ class Store:
 
     def declarations(self) -> dict[Path, str]:
         """The text of dvc.yaml and of the parameters, as the graph has them."""
+        note = (
+            f"# Generated from {self.graph.config} by `make plan`: edit that file "
+            "instead.\n"
+        )
+        return {p: note + dump_yaml(data) for p, data in self.declared().items()}
+
+    def declared(self) -> dict[Path, dict[str, Any]]:
+        """What dvc.yaml and the parameters hold, as the graph has it."""
         graph = self.graph
         inputs = [*graph.config_files, "scripts", str(LOCKS["transformers"])]
         if any(node.engine == "nvidia" for node in graph.nodes.values()):
@@ -168,29 +185,31 @@ class Store:
             }
             if not stages[node.dvc]["deps"]:
                 del stages[node.dvc]["deps"]
-        note = (
-            f"# Generated from {graph.config} by `make plan`: edit that file instead.\n"
-        )
-        return {
-            Path("dvc.yaml"): note + dump_yaml({"stages": stages}),
-            PARAMS: note + dump_yaml(params),
-        }
+        return {Path("dvc.yaml"): {"stages": stages}, PARAMS: params}
 
     def declare(self) -> bool:
         """Write dvc.yaml and the parameters where they differ.
 
         True where dvc.yaml itself changed.
         """
+        data = self.declared()
+        of = json.dumps([self.graph.config, *data.values()]).encode()
+        sums = {str(p): hashlib.sha256(_content(p)).hexdigest() for p in data}
+        if self.written.get("dvc.yaml", of) == sums:
+            return False
         rewritten = False
         for path, text in self.declarations().items():
             if not path.exists() or path.read_text() != text:
                 write_atomic(path, text)
                 rewritten |= path.name == "dvc.yaml"
+        sums = {str(p): hashlib.sha256(_content(p)).hexdigest() for p in data}
+        self.written.put("dvc.yaml", of, sums)
+        self.written.save()
         return rewritten
 
     def plan_recorded(self) -> bool:
         """Whether dvc.lock has the plan stage as the files are now."""
-        declared = load_yaml(Path("dvc.yaml"))["stages"]["plan"]
+        declared = self.declared()[Path("dvc.yaml")]["stages"]["plan"]
         record = Record.of(read_lock().get("plan", {}))
         now = {path: self.raw.recorded_as(Path(path)) for path in declared["deps"]}
         return (
@@ -407,7 +426,9 @@ class Store:
     ) -> None:
         read = {path: deps[path] for path in node.artifacts}
         text = json.dumps({"node": node.id, "outs": outs, "deps": read}, indent=1)
-        write_atomic(Path(node.manifest), text)
+        path = Path(node.manifest)
+        if _content(path) != text.encode():
+            write_atomic(path, text)
 
     # ---- jobs of a cluster, which outlive the run that submitted them --------------
 
@@ -459,6 +480,8 @@ class Store:
             if not self.plan_recorded():
                 _commit_plan()
             self.read()
+            for kept in (PARSED, identity.READ):
+                kept.save()
             return self.settle(keep=False)
 
     def hold(self) -> None:
@@ -556,6 +579,14 @@ def dvc_errors() -> Iterator[None]:
             else ("this folder is no git and DVC repository: git init && dvc init -f")
         )
         raise UserError("dvc", str(error), hint) from error
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes; none where it is not there."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _within(path: str, outs: list[str]) -> bool:

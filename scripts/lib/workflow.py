@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import doctor, graph, plan
+from scripts.lib import graph, plan
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph
 from scripts.lib.stages import STAGES
@@ -92,7 +92,7 @@ class Workflow:
             self.store.refresh()
             graph = self.store.graph
             current = not self.store.why.get(id)
-            above = graph.ancestors(id) if current else graph.before(id)
+            above = graph.nodes[id].parents if current else graph.before(id)
             return [ancient(graph.nodes[one].manifest) for one in above]
 
         return inputs
@@ -149,6 +149,8 @@ class Workflow:
             self.store.hold()
             self.check_engines()
             if self.cluster:
+                from scripts.lib import doctor
+
                 doctor.preflight(self.store, self.cluster)
         except Exception as error:  # Snakemake would say nothing of it
             if isinstance(error, UserError):
