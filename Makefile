@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 export PIPELINE_CONFIG := $(CONFIG)
 
-.PHONY: help env env-nvidia export plan dag doctor status chat check test cluster gpu bench-gpu docs
+.PHONY: help env env-nvidia export plan dag doctor status chat check test cluster gpu bench-gpu bench-plan docs
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +82,9 @@ gpu: $(DEV) ## the engine nvidia on this machine's GPUs; without one it says so
 
 bench-gpu: $(DEV) ## steps a second against Megatron-Bridge called bare, and start-up
 	python -m tests.gpu.bench
+
+bench-plan: $(DEV) ## what a plan of 14, 200 and 2,000 current nodes costs
+	python -m tests.bench.plan
 
 docs: $(DEV) ## write what is generated: the README's config reference, dvc.yaml
 	@python -m scripts.lib.docs README.md

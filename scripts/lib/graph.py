@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Collection
@@ -148,6 +147,7 @@ class Graph:
             assert ready, "cycles are refused when the graph is built"
             for node in ready:
                 self.nodes[node.id] = pending.pop(node.id)
+        self.data: dict[str, frozenset[str]] = {}
         self.place = {id: place for place, id in enumerate(self.nodes)}
         self.below: dict[str, list[str]] = {id: [] for id in self.nodes}
         for node in self.nodes.values():
@@ -186,9 +186,11 @@ class Graph:
             wanted |= {n for n in data if not self._above(n) & below}
         return self._in_order(wanted)
 
-    @functools.cache  # noqa: B019: a graph lives as long as its process
     def _data_above(self, id: str) -> frozenset[str]:
-        return frozenset(n for n in self._above(id) if n.split("/")[0] in DATA)
+        if id not in self.data:
+            data = [n for n in self._above(id) if n.split("/")[0] in DATA]
+            self.data[id] = frozenset(data)
+        return self.data[id]
 
     def _above(self, id: str) -> frozenset[str]:
         if not hasattr(self, "_memo"):

@@ -103,7 +103,7 @@ class _Quick:
         if isinstance(node, SequenceNode):
             return [self.made(one) for one in node.value]
         kind = str(getattr(node, "tag", "")).rpartition(":")[2]
-        if kind not in self.scalars:
+        if not isinstance(node, ScalarNode) or kind not in self.scalars:
             raise _Unusual
         return self.scalars[kind](node)
 

@@ -81,8 +81,9 @@ class Workflow:
         """An input function: the manifests of what must be ready first.
 
         Every ancestor is listed, since Snakemake looks at a job again when any
-        checkpoint among its inputs has finished; all are `ancient`, since whether
-        a node is current is decided by content, never by time.
+        checkpoint among its inputs has finished. Of a current node they are current
+        too, so its parents are enough. All are `ancient`, since whether a node is
+        current is decided by content, never by time.
         """
         from snakemake.io import ancient
 

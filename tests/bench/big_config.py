@@ -22,6 +22,7 @@ from scripts.lib import graph
 from scripts.lib.digest import Memory
 from scripts.lib.graph import Graph, Node
 from scripts.lib.store import LOCK, PARAMS, Store, dump_yaml
+from tests.workflow.conftest import ROOT, copy_files
 
 TRUNK = """\
 generate:
@@ -69,7 +70,9 @@ def big_config(count: int) -> str:
             f"s{i}: {{from: base, {SETTINGS['sft']}, seed: {i}}}"
             for i in range(branches + single)
         ],
-        "grpo": [f"g{i}: {{from: s{i}, {SETTINGS['grpo']}, seed: {i}}}" for i in numbers],
+        "grpo": [
+            f"g{i}: {{from: s{i}, {SETTINGS['grpo']}, seed: {i}}}" for i in numbers
+        ],
         "export": [f"x{i}: {{from: g{i}}}" for i in numbers],
         "eval": [],
     }
@@ -134,22 +137,20 @@ def lock_of(whole: Graph) -> dict[str, Any]:
     return {"schema": "2.0", "stages": stages}
 
 
-def build_all(folder: Path) -> Graph:
-    """Make every node of the config in `folder` current, as if all had been built."""
+def make_built(folder: Path, config: str) -> Graph:
+    """The pipeline in a new folder, with every node of `config` as if it were built."""
+    copy_files(ROOT, folder)
     with working_in(folder):
+        Path("config/config.yaml").write_text(config)
         whole = graph.build(Path("config/config.yaml"))
         LOCK.write_text(dump_yaml(lock_of(whole)))
-        return whole
-
-
-def make_git(folder: Path) -> None:
-    """Make `folder` a git repository of one commit, for DVC."""
     for words in (
         ("init", "-q", "-b", "main"),
         ("add", "-A"),
         ("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "made"),
     ):
         subprocess.run(["git", *words], cwd=folder, check=True)
+    return whole
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from dvc_data.hashfile.build import build
 from dvc_data.hashfile.db.local import LocalHashFileDB
 from dvc_objects.fs.local import LocalFileSystem
 
-from scripts.lib.digest import Memory
+from scripts.lib.digest import Kept, Memory
 
 
 def test_a_folders_digest_is_dvcs(tmp_path: Path):
@@ -42,3 +42,21 @@ def test_memory_survives_in_its_file(tmp_path: Path):
     digest = memory.recorded_as(path)
     memory.save()
     assert Memory(tmp_path / "m").known[str(path)][1] == digest
+
+
+def test_what_is_kept_is_forgotten_with_other_bytes_and_another_maker(tmp_path: Path):
+    store, maker = tmp_path / "kept.json", tmp_path / "maker.py"
+    maker.write_text("one")
+    kept = Kept(store, maker)
+    kept.put("a", b"bytes", {"made": [1, 2.5, None]})
+    kept.put("b", b"bytes", {1: "a key JSON would make text"})
+    kept.put("c", b"bytes", {"a set": {1}})
+    kept.save()
+    again = Kept(store, maker)
+    assert again.get("a", b"bytes") == {"made": [1, 2.5, None]}
+    assert again.get("a", b"others") is None
+    assert again.get("b", b"bytes") is None and again.get("c", b"bytes") is None
+    maker.write_text("two")
+    assert Kept(store, maker).get("a", b"bytes") is None
+    store.write_text("{half a")
+    assert Kept(store, maker).get("a", b"bytes") is None
