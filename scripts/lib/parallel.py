@@ -146,13 +146,7 @@ def _of_generation(
             f"{width} does not divide the {generating} GPUs that generate on a machine",
             f"one of {divisors(generating)}",
         )
-    heads = (model or {}).get("num_attention_heads")
-    if isinstance(heads, int) and heads % width:
-        yield (
-            "generation_tensor_parallel",
-            f"num_attention_heads {heads} does not divide among {width}",
-            f"one of {divisors(heads)}",
-        )
+    yield from _of_vllm("generation_tensor_parallel", width, model or {})
 
 
 def of_eval(placed: Placement, models: list[dict[str, Any]]) -> Iterator[Problem]:
@@ -165,10 +159,15 @@ def of_eval(placed: Placement, models: list[dict[str, Any]]) -> Iterator[Problem
         yield "tensor_parallel", f"{width}, but {placed.gpus} GPUs", f"{placed.gpus}"
         return
     for model in models:
-        heads = model.get("num_attention_heads")
-        if isinstance(heads, int) and heads % width:
-            what = f"num_attention_heads {heads} does not divide among {width}"
-            yield "tensor_parallel", what, f"one of {divisors(heads)}"
+        yield from _of_vllm("tensor_parallel", width, model)
+
+
+def _of_vllm(key: str, width: int, model: dict[str, Any]) -> Iterator[Problem]:
+    """Each GPU of vLLM holds whole attention heads."""
+    heads = model.get("num_attention_heads")
+    if isinstance(heads, int) and heads % width:
+        what = f"num_attention_heads {heads} does not divide among {width}"
+        yield key, what, f"one of {divisors(heads)}"
 
 
 def is_sequence_parallel(placed: Placement) -> bool:
