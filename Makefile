@@ -80,8 +80,9 @@ cluster: $(DEV) ## on a real Slurm of this machine: the chain, and each fault
 gpu: $(DEV) ## the engine nvidia on this machine's GPUs; without one it says so
 	pytest -q -rs -n 8 tests/gpu
 
-bench-gpu: $(DEV) ## steps a second against Megatron-Bridge called bare, and start-up
+bench-gpu: $(DEV) ## steps a second against Megatron-Bridge and NeMo-RL called bare, and start-up
 	python -m tests.gpu.bench
+	python -m tests.gpu.bench --stage grpo
 
 bench-plan: $(DEV) ## what a plan of 14, 200 and 2,000 current nodes costs
 	python -m tests.bench.plan

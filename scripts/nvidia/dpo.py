@@ -30,7 +30,6 @@ from scripts.nvidia import rl
 def main(argv: list[str] | None = None) -> int:
     """Run the stage."""
     flags = rl.parser(__doc__)
-    flags.add_argument("--parent", type=Path, required=True, help="model folder")
     flags.add_argument("--preferences", type=Path, required=True, help="their folder")
     args = cli.parse(flags, argv)
     recipe = cli.load_recipe(args.recipe, DpoRecipe)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from scripts.lib import cli
 from scripts.lib.schema import ExportRecipe
-from scripts.nvidia import common, settings
+from scripts.nvidia import common, megatron, settings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,17 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     common.prepare(args.work)
     parent = common.readable(args.parent, args.work)
     common.check_tokens(parent, parent)
-    import torch
-
     from scripts.nvidia import convert
 
-    provider = settings.model_of(parent)
-    settings.place(provider, common.placement(args) | {"sequence_parallel": None})
-    provider.bf16, provider.params_dtype = True, torch.bfloat16
-    provider.pipeline_dtype = torch.bfloat16
-    provider.finalize()
-    provider.initialize_model_parallel(seed=0)
-    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    sizes = common.placement(args) | {"sequence_parallel": None}
+    model = megatron.build(parent, sizes)
     settings.bridge_of(parent).load_hf_weights(model, str(parent))
     convert.check_start(model, parent)
     convert.publish(

@@ -53,7 +53,6 @@ MOST_WORKERS = 16
 def main(argv: list[str] | None = None) -> int:
     """Run the stage."""
     flags = rl.parser(__doc__)
-    flags.add_argument("--parent", type=Path, required=True, help="model folder")
     flags.add_argument("--prompts", type=Path, required=True, help="prompts folder")
     flags.add_argument("--reward-model", type=Path, help="of the environment so named")
     args = cli.parse(flags, argv)

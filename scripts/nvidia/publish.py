@@ -23,7 +23,7 @@ from typing import Any
 
 from scripts.lib import cli, outputs
 from scripts.lib.errors import AttestError
-from scripts.nvidia import common, parity, settings
+from scripts.nvidia import common, megatron, parity
 
 KINDS = ("causal", "reward")
 ENDING = "ForSequenceClassification"
@@ -54,12 +54,9 @@ def from_megatron(args: argparse.Namespace) -> None:
     common.use_kernel_caches()
     common.choose_gpu()
     common.join()
-    import torch
-
     from scripts.nvidia import convert
 
     parent = common.readable(args.parent, args.work)
-    provider = settings.model_of(parent)
     sizes = {
         "tensor_parallel": args.tensor_parallel,
         "pipeline_parallel": args.pipeline_parallel,
@@ -69,12 +66,7 @@ def from_megatron(args: argparse.Namespace) -> None:
         "virtual_pipeline": None,
         "sequence_parallel": None,
     }
-    settings.place(provider, sizes)
-    provider.bf16, provider.params_dtype = True, torch.bfloat16
-    provider.pipeline_dtype = torch.bfloat16
-    provider.finalize()
-    provider.initialize_model_parallel(seed=0)
-    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    model = megatron.build(parent, sizes)
     load(model, args.weights)
     convert.publish(model, args.out, definition=parent, tokenizer=args.parent)
 

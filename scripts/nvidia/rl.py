@@ -66,6 +66,7 @@ STEP = re.compile(r"step_(\d+)")
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A stage's flags: those of the engine, and where NeMo-RL puts its processes."""
     flags = common.parser(doc)
+    flags.add_argument("--parent", type=Path, required=True, help="model folder")
     for name in RL_PLACEMENT:
         field = Placement.model_fields[name]
         kind = {"backend": str, "generation_memory": float}.get(name, int)

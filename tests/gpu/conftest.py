@@ -4,7 +4,8 @@
 
 The stages run as a build runs them: as processes of the engine's interpreter, which
 $NVIDIA_PYTHON names, else .venv-nvidia/bin/python. Figures that the tests see are
-appended to work/gpu.jsonl. On a machine with one GPU, NCCL_MULTI_RANK_GPU_ENABLE=1 lets
+appended to work/gpu.jsonl. With $GPU_TESTS_FOLDER what the tests share (data, models) is
+kept there from one call to the next. On a machine with one GPU, NCCL_MULTI_RANK_GPU_ENABLE=1 lets
 two processes of a run share it (NCCL 2.30 or newer), so that its sums are checked; its
 speed means nothing then.
 """
@@ -51,7 +52,11 @@ GRPO = {
     "lr_scheduler": "constant_with_warmup",
     "warmup_steps": 2,
     "log_steps": 1,
-    "overrides": {"policy.generation.vllm_cfg.enforce_eager": True},
+    "overrides": {
+        "policy.generation.vllm_cfg.enforce_eager": True,
+        # else vLLM measures memory, and fails where another run's changes meanwhile
+        "policy.generation.vllm_kwargs.kv_cache_memory_bytes": 2_000_000_000,
+    },
 }
 PAIRS = {"steps": 60, "batch_size": 128, "lr": 2e-4, "warmup_steps": 5, "log_steps": 1}
 RECIPE = {
@@ -79,6 +84,11 @@ def num_gpus() -> int:
 def num_ranks() -> int:
     """Processes that one run may have here."""
     return num_gpus() * (2 if SHARED else 1)
+
+
+def worker() -> int:
+    """The number of this pytest-xdist worker."""
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 def missing() -> str:
@@ -199,7 +209,8 @@ class Stages:
         words: list[str | Path] = [PYTHON]
         if beside_ray:
             words += ["-P", "-m", "scripts.lib.launch", "ray", "--cpus", "8"]
-            words += ["--port", str(launch.free_ports(self.gpu)), "--memory-gb", "32"]
+            block = 2 * worker() + self.gpu  # others start at this moment too
+            words += ["--port", str(launch.free_ports(block)), "--memory-gb", "32"]
             words += ["--gpus", str(gpus), "--logs", f"{work}/ray", "--", "-P"]
         elif gpus > 1:
             words += ["-m", "torch.distributed.run", "--standalone"]
@@ -273,13 +284,14 @@ class Stages:
         backend: str = "dtensor",
         gpus: int = 1,
         work: Path | None = None,
+        asked: Path | None = None,
     ) -> Run:
-        """A stage of NeMo-RL's, beside a Ray of its own."""
-        data = "prompts" if stage == "grpo" else "preferences"
+        """A stage of NeMo-RL's, beside a Ray of its own; `asked` are other prompts."""
+        data = "prompts" if stage.endswith("grpo") else "preferences"
         return self.start(
-            f"scripts.nvidia.{stage}",
+            stage if "." in stage else f"scripts.nvidia.{stage}",
             recipe,
-            *("--parent", parent, f"--{data}", self.inputs / data),
+            *("--parent", parent, f"--{data}", asked or self.inputs / data),
             *("--backend", backend, "--gpus", str(gpus), "--cpus", "8"),
             *("--micro-batch-size", "32", "--generation-memory", "0.2"),
             *flags,
@@ -304,6 +316,9 @@ def once(root: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if kept := os.environ.get("GPU_TESTS_FOLDER"):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        return Path(kept)
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -355,8 +370,7 @@ def inputs(shared: Path) -> Path:
 
 @pytest.fixture
 def stages(tmp_path: Path, inputs: Path) -> Iterator[Stages]:
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    found = Stages(tmp_path, inputs, int(worker) % max(1, num_gpus()))
+    found = Stages(tmp_path, inputs, worker() % max(1, num_gpus()))
     yield found
     for run in found.runs:
         if run.process.poll() is None:
@@ -396,18 +410,28 @@ def experts(shared: Path, inputs: Path) -> Run:
     return trained(shared, inputs, "experts", model="nano3_small")
 
 
+def make_chatty(folder: Path, inputs: Path, model: str = "qwen3_small") -> None:
+    """A model that was fine-tuned to add, and often forgets to carry."""
+    stages = Stages(folder, inputs, 0)
+    base = stages.pretrain(model=model, steps=3000, lr=2e-3).done()
+    tuned = stages.sft(base.out, steps=1500, lr=1.5e-3).done()
+    tuned.out.rename(folder / "out")
+
+
 @pytest.fixture(scope="session")
 def chatty(shared: Path, inputs: Path) -> Path:
-    """A transformer that was fine-tuned to add, and often forgets to carry."""
+    """A transformer that answers."""
+    return once(shared, "chatty", lambda made: make_chatty(made, inputs)) / "out"
+
+
+@pytest.fixture(scope="session")
+def chatty_hybrid(shared: Path, inputs: Path) -> Path:
+    """A model of Mamba and attention that answers."""
 
     def make(folder: Path) -> None:
-        stages = Stages(folder, inputs, 0)
-        first = {"model": "qwen3_small", "steps": 3000, "lr": 2e-3}
-        base = stages.pretrain(**first).done()
-        tuned = stages.sft(base.out, steps=1500, lr=1.5e-3).done()
-        tuned.out.rename(folder / "out")
+        make_chatty(folder, inputs, "tiny")
 
-    return once(shared, "chatty", make) / "out"
+    return once(shared, "chatty_hybrid", make) / "out"
 
 
 @pytest.fixture

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
-from tests.gpu.conftest import GRPO, PAIRS, Run, Stages
+from scripts.data import generate, prompts
+from tests.gpu.conftest import GRPO, PAIRS, PYTHON, Run, Stages, write
 
 HELD_OUT = ("arithmetic=config/tasks/arithmetic.yaml", "--data")
 
@@ -21,13 +23,11 @@ def rewards(run: Run) -> list[float]:
 
 
 def score(stages: Stages, **models: Path) -> dict[str, dict[str, object]]:
-    """Scores of models on the held-out sums, by vLLM."""
+    """Scores of models on the held-out sums, by Transformers."""
     named = [w for n, folder in models.items() for w in ("--model", f"{n}={folder}")]
     asked = f"arithmetic={stages.inputs / 'heldout'}"
     run = stages.start(
-        "scripts.nvidia.eval",
-        {"max_new_tokens": 8},
-        *(*named, "--task", *HELD_OUT, asked, "--generation-memory", "0.2"),
+        "scripts.eval", {"max_new_tokens": 8}, *(*named, "--task", *HELD_OUT, asked)
     ).done()
     found = json.loads((run.out / "scores.json").read_text())["scores"]
     return {line["model"]: line for line in found}
@@ -84,52 +84,135 @@ def steps(work: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+OWN = "tests.gpu.programs.environments"
+
+
 def test_several_environments_share_the_reward(
     chatty: Path, stages: Stages, figure: Callable[..., None]
 ):
+    """One asks again, so that conversations have two turns of the model."""
+    recipe = GRPO | {
+        "steps": 8,
+        "max_turns": 2,
+        "max_conversation_tokens": 96,
+        "environment": {
+            "math": {},
+            "tool_use": {},
+            "brief": {"weight": 0.5, "import": f"{OWN}:Brief"},
+            "again": {"weight": 0.25, "import": f"{OWN}:Again"},
+        },
+    }
+    run = stages.rl("grpo", recipe, chatty).done()
+    first, last = run.metrics[0], run.metrics[-1]
+    figure(first=first, last=last)
+    whole = (
+        line["reward_math"]
+        + line["reward_tool_use"]
+        + 0.5 * line["reward_brief"]
+        + 0.25 * line["reward_again"]
+        for line in (first, last)
+    )
+    for line, parts in zip((first, last), whole, strict=True):
+        assert line["reward"] == pytest.approx(2 * parts, rel=0.02)  # of two turns
+    assert last["reward"] > first["reward"]
+
+
+def test_a_game_is_played_over_several_turns(
+    chatty: Path, stages: Stages, tmp_path: Path, figure: Callable[..., None]
+):
+    asked = puzzles(stages.inputs, tmp_path)
     recipe = GRPO | {
         "steps": 3,
-        "environment": {"math": {}, "code": {"weight": 0.0}, "brief": OWN},
+        "batch_size": 64,
+        "max_completion_tokens": 16,
+        "max_turns": 2,
+        "max_conversation_tokens": 480,
+        "environment": "sliding_puzzle",
     }
-    own = Path("environments_of_tests.py")
-    own.write_text(BRIEF)
-    try:
-        run = stages.rl("grpo", recipe, chatty).done()
-    finally:
-        own.unlink()
-    line = json.loads((run.work / "steps.jsonl").read_text().splitlines()[0])
-    assert line["reward/brief"] == 1.0
-    assert line["reward"] == pytest.approx(line["reward/math"] + 0.5, abs=1e-3)
-    figure(line={k: v for k, v in line.items() if k.startswith("reward")})
+    run = stages.rl("grpo", recipe, chatty, asked=asked).done()
+    figure(metrics=run.metrics)
+    assert all(0 <= line["reward"] <= 1 for line in run.metrics)
+    assert run.metrics[0]["completion_tokens"] > 16  # of more than one turn
 
 
-OWN = {"weight": 0.5, "import": "environments_of_tests:Brief"}
-BRIEF = """
-class Brief:
-    def step(self, messages, row):
-        return float(len(messages[-1]["content"]) < 9)
-"""
+def test_programs_run_in_the_sandbox(
+    chatty: Path, stages: Stages, tmp_path: Path, figure: Callable[..., None]
+):
+    """What the model says is a program where it is a number alone."""
+    rows = tmp_path / "rows.jsonl"
+    asked = (stages.inputs / "arithmetic/rows.jsonl").read_text().splitlines()
+    lines = [json.loads(line) | {"output": "assert 1 + 1 == 2"} for line in asked]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = make_prompts(stages.inputs, rows, tmp_path)
+    recipe = GRPO | {"steps": 3, "environment": "code"}
+    run = stages.rl("grpo", recipe, chatty, asked=made).done()
+    figure(metrics=run.metrics)
+    assert 0 < run.metrics[0]["reward"] <= 1
+
+
+def puzzles(inputs: Path, folder: Path) -> Path:
+    """Prompts that are boards."""
+    recipe = write(folder / "puzzles.yaml", {"kind": "puzzles", "count": 500})
+    rows = folder / "puzzles"
+    assert generate.main(["--recipe", str(recipe), "--out", str(rows)]) == 0
+    return make_prompts(inputs, rows / "rows.jsonl", folder)
+
+
+def make_prompts(inputs: Path, rows: Path, folder: Path) -> Path:
+    """Rows as a build's prompts."""
+    recipe = {"max_prompt_tokens": 400, "sources": {"rows": {}}}
+    words = ["--tokenizer", str(inputs / "tokenizer"), "--data", f"rows={rows}"]
+    words += ["--recipe", str(write(folder / "asked.yaml", recipe))]
+    assert prompts.main([*words, "--out", str(folder / "asked")]) == 0
+    return folder / "asked"
+
+
+def test_dapo_draws_until_answers_differ(
+    chatty: Path, stages: Stages, figure: Callable[..., None]
+):
+    recipe = GRPO | {"algorithm": "dapo", "steps": 10, "max_completion_tokens": 6}
+    run = stages.rl("grpo", recipe, chatty).done()
+    figure(metrics=run.metrics)
+    assert fmean(rewards(run)[-3:]) > fmean(rewards(run)[:3])
+    assert "filtered_reward" in run.metrics[0]
+
+
+def test_automodel_trains_as_dtensor_does(
+    chatty: Path, stages: Stages, figure: Callable[..., None]
+):
+    line = [PYTHON, "-c", "import nemo_automodel"]
+    if subprocess.run(line, check=False, capture_output=True).returncode:
+        pytest.skip(f"NOT TESTED: no nemo-automodel in {PYTHON}")
+    run = stages.rl("grpo", GRPO, chatty, backend="automodel").done()
+    figure(rewards=rewards(run), parity=run.parity)
+    assert fmean(rewards(run)[-5:]) > fmean(rewards(run)[:3]) + 0.05
+    assert max(line["gen_kl_error"] for line in run.metrics) < 0.01
+
+
+def test_a_model_of_mamba_and_attention_learns(
+    chatty_hybrid: Path, stages: Stages, figure: Callable[..., None]
+):
+    recipe = GRPO | {"steps": 12}
+    run = stages.rl("grpo", recipe, chatty_hybrid, backend="megatron").done()
+    found = score(stages, before=chatty_hybrid, after=run.out)
+    figure(rewards=rewards(run), parity=run.parity, scores=found)
+    assert max(line["gen_kl_error"] for line in run.metrics) < 0.01
+    assert fmean(rewards(run)[-3:]) > fmean(rewards(run)[:3])
 
 
 def test_a_reward_that_is_always_the_same_is_said(chatty: Path, stages: Stages):
-    own = {"same": {"import": "environments_of_tests:Same"}}
-    path = Path("environments_of_tests.py")
-    path.write_text(
-        "class Same:\n    def step(self, messages, row):\n        return 1.0\n"
-    )
-    try:
-        run = stages.rl("grpo", GRPO | {"steps": 3, "environment": own}, chatty).done()
-    finally:
-        path.unlink()
+    recipe = {"steps": 3, "environment": {"same": {"import": f"{OWN}:Same"}}}
+    run = stages.rl("grpo", GRPO | recipe, chatty).done()
     assert "for every completion of 3 steps" in (run.work / "warning.txt").read_text()
 
 
+@pytest.mark.parametrize("backend", ["megatron", "dtensor"])
 def test_pairs_teach_a_preference(
-    chatty: Path, stages: Stages, figure: Callable[..., None]
+    chatty: Path, stages: Stages, backend: str, figure: Callable[..., None]
 ):
-    run = stages.rl("dpo", PAIRS | {"beta": 0.1}, chatty).done()
+    run = stages.rl("dpo", PAIRS | {"beta": 0.1}, chatty, backend=backend).done()
     last = run.metrics[-1]
-    figure(last=last, parity=run.parity)
+    figure(backend=backend, last=last, parity=run.parity)
     assert run.metrics[0]["loss"] == pytest.approx(0.693, abs=0.01)
     assert last["loss"] < 0.6 and last["validation_accuracy"] > 0.7
 

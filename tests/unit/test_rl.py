@@ -44,9 +44,9 @@ def make(tmp_path: Path) -> Callable[..., argparse.Namespace]:
 
     def make(backend: str = "dtensor", flags: str = "") -> argparse.Namespace:
         words = ["--recipe", "R", "--out", str(tmp_path / "out"), "--backend", backend]
-        words += ["--gpus", "1", "--cpus", "8", *flags.split()]
-        args = cli.parse(rl.parser(""), words)
-        args.parent, args.prompts = tmp_path / "parent", tmp_path / "prompts"
+        words += ["--parent", str(tmp_path / "parent"), "--gpus", "1", "--cpus", "8"]
+        args = cli.parse(rl.parser(""), [*words, *flags.split()])
+        args.prompts = tmp_path / "prompts"
         args.preferences, args.reward_model = tmp_path / "preferences", None
         return args
 
@@ -76,7 +76,7 @@ def test_a_backend_is_named_by_who_starts_a_script(
     capsys: pytest.CaptureFixture[str],
 ):
     with pytest.raises(SystemExit):
-        rl.parser("").parse_args(["--recipe", "R", "--out", "O"])
+        rl.parser("").parse_args(["--recipe", "R", "--out", "O", "--parent", "P"])
     assert "--backend" in capsys.readouterr().err
 
 
