@@ -241,6 +241,7 @@ def megatron(
     warmup = 0 if recipe.lr_scheduler == "constant" else recipe.warmup_steps
     found: dict[str, Any] = {
         "enabled": True,
+        "env_vars": all_gpus(),
         "tensor_model_parallel_size": args.tensor_parallel,
         "pipeline_model_parallel_size": args.pipeline_parallel,
         "context_parallel_size": args.context_parallel,
@@ -273,6 +274,27 @@ def megatron(
     if not has_flash():
         found["attention_backend"] = "unfused"  # cuDNN's take no odd lengths
     return found
+
+
+def all_gpus() -> dict[str, str]:
+    """What has Megatron's workers find a GPU by the number that Ray tells them.
+
+    That is its number on this machine, and they use it (0.7.0) though they see no more
+    than $CUDA_VISIBLE_DEVICES: fine where that is 0, 1, ... Raises UserError where it
+    has no numbers.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not all(map(str.isdecimal, names)):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES {given}",
+            "NeMo-RL finds Megatron's GPUs by their numbers",
+            "name them as `nvidia-smi -L` numbers them, or set backend: dtensor",
+        )
+    numbers = sorted(map(int, names))
+    if numbers == list(range(len(numbers))):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(numbers[-1] + 1)))}
 
 
 def torch_optimizer(recipe: Any) -> dict[str, Any]:

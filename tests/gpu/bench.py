@@ -5,9 +5,9 @@
 
 Bare is the engine's own entry point with the same settings and none of ours: no
 callbacks, no saves but the last. Both run in turn, several times, or on two GPUs side by
-side, changing GPUs from pair to pair. A run's figure is the median time between two of
-the lines that the engine itself logs a step, first ones left out; the ratio is that of
-the pairs' geometric means. Start-up is the time from the process' start to the end of
+side, changing GPUs from pair to pair. A run's figure is the mean time between the lines
+that the engine itself logs a step, first ones left out; the ratio is that of the pairs'
+geometric means. Start-up is the time from the process' start to the end of
 its first steps: in the first pair nothing that the engine compiles is there yet, in the
 last it is. A run's line is printed at its end, the table last, in Markdown.
 
@@ -18,7 +18,6 @@ about a fifth of a second, so that what is measured is not the noise of a toy.
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import shutil
 import sys
@@ -26,7 +25,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 from tests.gpu.conftest import (
@@ -118,8 +117,9 @@ def measure(stages: Stages, stage: str, module: str, args: Any) -> Times:
             sys.exit(f"{module} ended too soon:\n{text[-6000:]}")
     run.kill()
     shutil.rmtree(run.work, ignore_errors=True)
-    between = [b - a for a, b in itertools.pairwise(seen)][LEFT_OUT:]
-    found_times = Times(median(between), imports, seen[0] - began)
+    counted = seen[LEFT_OUT:]
+    step = (counted[-1] - counted[0]) / (len(counted) - 1)
+    found_times = Times(step, imports, seen[0] - began)
     print(f"{module}: {found_times}", file=sys.stderr, flush=True)
     return found_times
 

@@ -21,9 +21,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -58,7 +59,7 @@ GRPO = {
         "policy.generation.vllm_kwargs.kv_cache_memory_bytes": 2_000_000_000,
     },
 }
-PAIRS = {"steps": 60, "batch_size": 128, "lr": 2e-4, "warmup_steps": 5, "log_steps": 1}
+PAIRS = {"steps": 120, "batch_size": 128, "lr": 6e-4, "warmup_steps": 5, "log_steps": 1}
 RECIPE = {
     "steps": 300,
     "batch_size": 16,
@@ -137,14 +138,21 @@ class Run:
     log: Path
     process: subprocess.Popen[bytes]
     code: int | None = None
+    locks: list[IO[str]] = field(default_factory=list)
 
     def wait(self, seconds: float = 500) -> int:
         try:
             self.code = self.process.wait(seconds)
         finally:
             if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
+                self.kill()
+            self.unlock()
         return self.code
+
+    def unlock(self) -> None:
+        """Let other workers have its GPUs."""
+        while self.locks:
+            self.locks.pop().close()
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -179,8 +187,10 @@ class Run:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.unlock()
 
 
 @dataclass
@@ -201,7 +211,18 @@ class Stages:
         gpus: int = 1,
         work: Path | None = None,
         beside_ray: bool = False,
+        alone: bool = False,
     ) -> Run:
+        """Start a run, once its GPUs are free for it.
+
+        `alone`, vLLM's, waits until nobody else uses them: it fails where memory is freed
+        while it measures. Two runs of NeMo-RL never share one: their trainers and vLLMs meet
+        at a socket that is named after the GPU.
+        """
+        seen = range(min(gpus, num_gpus())) if gpus > 1 else [self.gpu]
+        wanted = {f".gpu{gpu}": alone for gpu in seen}
+        wanted |= {f".ray{gpu}": True for gpu in seen if beside_ray}
+        locks = take(self.inputs.parent, wanted)
         name = f"{module.rpartition('.')[2]}{next(self.numbers)}"
         file = write(self.folder / f"{name}.yaml", recipe)
         out, log = self.folder / name, self.folder / f"{name}.log"
@@ -212,11 +233,10 @@ class Stages:
             block = 2 * worker() + self.gpu  # others start at this moment too
             words += ["--port", str(launch.free_ports(block)), "--memory-gb", "32"]
             words += ["--gpus", str(gpus), "--logs", f"{work}/ray", "--", "-P"]
-        elif gpus > 1:
+        elif gpus > 1 and not alone:
             words += ["-m", "torch.distributed.run", "--standalone"]
             words += [f"--nproc-per-node={gpus}"]
         words += ["-m", module, "--recipe", file, "--out", out, "--work", work, *flags]
-        seen = range(min(gpus, num_gpus())) if gpus > 1 else [self.gpu]
         environment = {
             **os.environ,
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, seen)),
@@ -235,7 +255,7 @@ class Stages:
                 env=environment,
                 start_new_session=True,
             )
-        run = Run(out, work, log, process)
+        run = Run(out, work, log, process, locks=locks)
         self.runs.append(run)
         return run
 
@@ -301,6 +321,25 @@ class Stages:
         )
 
 
+def take(folder: Path, wanted: dict[str, bool]) -> list[IO[str]]:
+    """Locks that all workers see, held until closed; True are for one alone.
+
+    All or none are held, so that nobody waits for somebody who waits.
+    """
+    while True:
+        taken: list[IO[str]] = []
+        try:
+            for name, alone in wanted.items():
+                taken.append(open(folder / name, "w"))
+                how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+                fcntl.flock(taken[-1], how | fcntl.LOCK_NB)
+            return taken
+        except BlockingIOError:
+            for file in taken:
+                file.close()
+            time.sleep(0.5)
+
+
 def once(root: Path, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first of the workers to come here makes for all."""
     folder = root / name
@@ -335,8 +374,8 @@ def make_inputs(root: Path) -> None:
         return f"{name}={root / name / 'rows.jsonl'}"
 
     for name, kind, count in (
-        ("corpus", "documents", 8000),
-        ("chat", "chats", 6000),
+        ("corpus", "documents", 20000),
+        ("chat", "chats", 10000),
     ):
         stage(generate.main, name, {"kind": kind, "count": count, "max_operand": 49})
     template = str(ROOT / "config/models/tiny/chat_template.jinja")

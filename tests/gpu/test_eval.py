@@ -6,7 +6,6 @@ Needs vLLM and lm-evaluation-harness in the engine's Python, as envs/nemo-rl.loc
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ RECIPE = {"max_new_tokens": 64, "num_samples": ITEMS}
 HAS = (
     "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 )
+VLLM = "scripts.nvidia.eval"
 SMALL = ("--generation-memory", "0.1")  # other tests use the GPU at the same time
 
 
@@ -75,7 +75,7 @@ def test_vllm_gives_the_scores_that_transformers_does(
     folder = stages.sft(base.out).done().out
     both = ["--model", f"a={folder}", "--model", f"b={folder}"]
     theirs = stages.start("scripts.eval", RECIPE, *both[:2], *asked).done().out
-    run = stages.start("scripts.nvidia.eval", RECIPE, *both, *asked, *SMALL).done()
+    run = stages.start(VLLM, RECIPE, *both, *asked, *SMALL, alone=True).done()
     slow, fast = scores(theirs)["a"], scores(run.out)
     share = alike(answers(theirs, "a"), answers(run.out, "a"))
     found = [slow["score"], fast["a"]["score"], fast["b"]["score"]]
@@ -93,26 +93,14 @@ def test_two_gpus_give_the_scores_of_one(
     hybrid: Run,
     stages: Stages,
     asked: list[str],
-    tmp_path: Path,
     figure: Callable[..., None],
 ):
     if num_gpus() < 2:
         pytest.skip("NOT TESTED: vLLM puts no two of its processes on one GPU")
     words = ["--model", f"a={hybrid.out}", *asked, *SMALL]
-    one = stages.start("scripts.nvidia.eval", RECIPE, *words).done().out
-    line = [PYTHON, "-m", "scripts.nvidia.eval", *words, "--tensor-parallel", "2"]
-    line += ["--recipe", str(write(tmp_path / "two.yaml", RECIPE))]
-    done = subprocess.run(
-        [*line, "--out", str(tmp_path / "two")],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "0,1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    two = tmp_path / "two"
+    one = stages.start(VLLM, RECIPE, *words, alone=True).done().out
+    words += ["--tensor-parallel", "2"]
+    two = stages.start(VLLM, RECIPE, *words, gpus=2, alone=True).done().out
     share = alike(answers(one, "a"), answers(two, "a"))
     figure(
         identical_answers=share, scores=[scores(x)["a"]["score"] for x in (one, two)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -67,8 +65,7 @@ def test_a_run_goes_on_from_its_last_whole_save(
         saved = int((work / "stopped").read_text())
         assert saved in (4, 5, 6)
     else:
-        os.killpg(first.process.pid, signal.SIGKILL)
-        first.process.wait()
+        first.kill()
         (work / "saves/tmp_step_4").mkdir(parents=True)  # as a kill may leave it
         saved = 3
     second = stages.rl("grpo", recipe, chatty, *flags, backend=backend, work=work)

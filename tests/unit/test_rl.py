@@ -104,6 +104,26 @@ def test_overrides_lie_over_settings_section_by_section():
     assert rl.nested(None) == {} == rl.nested({})
 
 
+@pytest.mark.parametrize(
+    ("seen", "told"), [("", None), ("0,1", None), ("1", "0,1"), ("3, 2", "0,1,2,3")]
+)
+def test_megatron_finds_the_gpus_that_a_run_was_given(
+    make: Any, monkeypatch: pytest.MonkeyPatch, seen: str, told: str | None
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    found = rl.policy(recipe(), make("megatron"), DENSE, 64)["megatron_cfg"]
+    assert found["env_vars"].get("CUDA_VISIBLE_DEVICES") == told
+
+
+def test_gpus_without_numbers_are_refused_for_megatron(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a8fd957")
+    with pytest.raises(UserError, match="by their numbers"):
+        rl.policy(recipe(), make("megatron"), DENSE, 64)
+    assert rl.policy(recipe(), make("dtensor"), DENSE, 64)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_policy_is_the_recipes_whatever_trains_it(make: Any, backend: str):
     args = make(backend, "--micro-batch-size 4")
