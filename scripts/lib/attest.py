@@ -5,22 +5,33 @@ from __future__ import annotations
 import filecmp
 import json
 import struct
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.lib.digest import files_in
+from scripts.lib.digest import Memory, files_in, on_all_cores
 from scripts.lib.errors import AttestError
 from scripts.lib.stages import STAGES
 
 TUNED = ("sft", "dpo", "grpo")
 """Stages that change a parent's weights, under its names."""
 FLOATS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
+BLOCK = 1 << 20
+"""Bytes looked at together: they stay in a core's own cache."""
 
 
-def attest(stage: str, recipe: dict[str, Any], out: Path, parent: Path | None) -> None:
+def attest(
+    stage: str,
+    recipe: dict[str, Any],
+    out: Path,
+    parent: Path | None,
+    seen: Memory | None = None,
+) -> None:
     """Check the content a stage wrote to `out`; `parent` is the model it came from.
 
-    A training stage's metrics lie beside `out`.
+    A training stage's metrics lie beside `out`. A file is hashed into `seen` as it is
+    checked: a model larger than the main memory is read from the disk once.
 
     Raises AttestError naming the file: nothing written, an empty or truncated file,
     weights that are not finite, a step that was not reached, a model that training
@@ -29,16 +40,18 @@ def attest(stage: str, recipe: dict[str, Any], out: Path, parent: Path | None) -
     names = files_in(out)
     if not names:
         raise AttestError(str(out), "the stage wrote nothing")
-    for name in names:
-        if (out / name).suffix == ".json":
-            _load_json(out / name)
-    weights = [out / n for n in names if n.endswith(".safetensors")]
-    for path in weights:
-        _check_weights(path)
     if STAGES[stage].trains:
-        if not weights:
+        if not any(name.endswith(".safetensors") for name in names):
             raise AttestError(str(out), "no weights: there is no .safetensors file")
         _check_step(out.parent / "metrics.jsonl", recipe["steps"])
+    checks = {".json": _load_json, ".safetensors": _check_weights}
+    jobs: list[Callable[[], Any]] = []
+    for path in (out / name for name in names):
+        if path.suffix in checks:
+            jobs.append(partial(checks[path.suffix], path))
+        if seen is not None:
+            jobs.append(partial(seen.file, path))
+    on_all_cores(jobs)
     if stage in TUNED and parent is not None:
         model = sorted(out.glob("*.safetensors"))
         if all(same_bytes(p, parent / p.name) for p in model):
@@ -86,20 +99,21 @@ def _check_weights(path: Path) -> None:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise AttestError(str(path), f"its header is not JSON: {error}") from error
-    header.pop("__metadata__", None)
-    if 8 + length + max(t["data_offsets"][1] for t in header.values()) != size:
-        raise AttestError(str(path), f"truncated or padded: it has {size} bytes")
-    for name, tensor in header.items():
-        if tensor["dtype"] not in FLOATS:
-            continue
-        start, end = tensor["data_offsets"]
-        kind = np.dtype(FLOATS[tensor["dtype"]])
-        values = np.memmap(
-            path, kind, "r", 8 + length + start, ((end - start) // kind.itemsize,)
-        )
-        if tensor["dtype"] == "BF16":
-            finite = bool(((values & 0x7F80) != 0x7F80).all())
-        else:
-            finite = bool(np.isfinite(values).all())
-        if not finite:
-            raise AttestError(f"{path} {name}", "not finite")
+        header.pop("__metadata__", None)
+        if 8 + length + max(t["data_offsets"][1] for t in header.values()) != size:
+            raise AttestError(str(path), f"truncated or padded: it has {size} bytes")
+        for name, tensor in header.items():
+            if tensor["dtype"] not in FLOATS:
+                continue
+            start, end = tensor["data_offsets"]
+            kind = np.dtype(FLOATS[tensor["dtype"]])
+            file.seek(8 + length + start)
+            for at in range(start, end, BLOCK):
+                count = min(BLOCK, end - at) // kind.itemsize
+                values = np.fromfile(file, kind, count)
+                if tensor["dtype"] == "BF16":
+                    finite = (values & 0x7F80).max() != 0x7F80
+                else:
+                    finite = np.isfinite(values).all()
+                if not finite:
+                    raise AttestError(f"{path} {name}", "not finite")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,14 @@ def md5_file(path: Path) -> str:
     """The md5 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def on_all_cores(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each job returns; they run in threads. After an error no more are begun."""
+    if not jobs:
+        return []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: job(), jobs))
 
 
 def tree_digest(md5_of: dict[str, str]) -> str:
@@ -142,10 +152,8 @@ class Memory:
         names = files_in(folder)
         found = {name: self.seen(folder / name) for name in names}
         new = [name for name, md5 in found.items() if md5 is None]
-        if new:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                sums = pool.map(lambda name: self.file(folder / name), new)
-                found |= dict(zip(new, sums, strict=True))
+        sums = on_all_cores([partial(self.file, folder / name) for name in new])
+        found |= dict(zip(new, sums, strict=True))
         return {name: str(md5) for name, md5 in found.items()}
 
     def recorded_as(self, path: Path) -> str | None:

@@ -31,7 +31,7 @@ from scripts.lib.digest import Cache, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Node
 from scripts.lib.load import load_cluster, load_config, nearest
-from scripts.lib.run import can_link
+from scripts.lib.run import links_to
 from scripts.lib.slurm import Association, Machines, SlurmError
 from scripts.lib.stages import STAGES
 from scripts.lib.store import STATE, Store
@@ -603,7 +603,7 @@ def check_cache() -> list[Found]:
     STATE.mkdir(exist_ok=True)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        linked = can_link(cache)
+        linked = links_to(cache)
     except OSError as error:
         return [Found(FAIL, f"{cache}: cannot be written to: {error.strerror}")]
     if linked:

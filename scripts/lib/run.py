@@ -26,23 +26,30 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from scripts.lib import cli, graph, identity, launch, outputs, slurm
 from scripts.lib.attest import attest
-from scripts.lib.digest import Memory, md5_file, tree_digest, write_atomic
-from scripts.lib.errors import UserError
+from scripts.lib.digest import (
+    Memory,
+    md5_file,
+    on_all_cores,
+    tree_digest,
+    write_atomic,
+)
+from scripts.lib.errors import AttestError, UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.progress import say
 from scripts.lib.stages import STAGES
 from scripts.lib.store import (
     GRAPH,
     IN_RUN,
+    LOCK,
     REMOTE,
     STATE,
     Record,
@@ -117,6 +124,7 @@ class Job:
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped_by = 0
         self.recording = False
+        self.old = Path(node.folder).with_name(f".{node.name}.old")
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, _: self.stop(number))
 
@@ -347,7 +355,8 @@ class Job:
                 say(node.id, f"in no cache and no remote, so it is rebuilt: {left[0]}")
                 return False
             self.recording = True
-            stage.dump(update_pipeline=False)
+            write_lock(repo, stage)
+        self.drop_old()
         self.finish(repo, record.outs)
         harm = f"{damage[0]}; " if damage and record == ours else ""
         say(node.id, f"restored from DVC: {harm}{node.folder}")
@@ -370,8 +379,14 @@ class Job:
         began = datetime.now(UTC)
         if not self.script(content):
             return self.go_on_later()
-        attest(node.stage, node.recipe, content, parent_of(node))
-        (self.work / "finished").touch()
+        finished, seen = self.work / "finished", Memory(self.work / "digests.json")
+        finished.touch()
+        try:
+            attest(node.stage, node.recipe, content, parent_of(node), seen)
+        except AttestError:
+            finished.unlink()
+            raise
+        seen.save()
         self.check_planned(repo)
         provenance = self.provenance(began)
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
@@ -386,8 +401,10 @@ class Job:
         """
         node = self.node
         trains = STAGES[node.stage].trains
-        if content.exists() and (self.work / "finished").exists():
-            return True  # killed between the script's end and publishing
+        if (self.work / "finished").exists():  # killed after the script's end
+            self.take_back()
+            if content.exists():
+                return True
         python = interpreter(node)
         for left in ("finished", "stop", "stopped"):
             (self.work / left).unlink(missing_ok=True)
@@ -462,6 +479,15 @@ class Job:
         for out in node.outs[1:-1]:  # these do not count as content
             (content / Path(out).name).replace(self.out / Path(out).name)
         return True
+
+    def take_back(self) -> None:
+        """Have an artifact that was moved into place and not recorded here again."""
+        folder, name = Path(self.node.folder), "provenance.json"
+        known = Memory(self.work / "digests.json").known.get(str(self.out / name))
+        if not known or self.out.exists() or not (folder / name).exists():
+            return
+        if known[0] == Memory.signature(folder / name):
+            folder.rename(self.out)
 
     def show_log(self, log: Path) -> None:
         """Have logs/<stage>/<node>.log be the log in the work folder.
@@ -594,20 +620,22 @@ class Job:
     def publish(self, repo: Repo) -> None:
         """Hash, rename into place, record: at no time is an artifact half there.
 
-        What was there before is in DVC's cache.
+        A job that is killed meanwhile goes on here.
         """
         folder = Path(self.node.folder)
         for path in self.out.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make 0600
-        sums = Memory(self.work / "digests.json").files(self.out)
+        hashed = Memory(self.work / "digests.json")
+        sums = hashed.files(self.out)
+        hashed.save()
         self.check_space(repo, sum(os.path.getsize(self.out / n) for n in sums))
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        self.drop_old()
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
-            folder.rename(old)
-        (self.work / "finished").unlink(missing_ok=True)
+            folder.rename(self.old)
         self.out.rename(folder)
+        if repo.cache.local.cache_types == ["reflink"]:
+            self.clone_cached(repo, sums)
         outs = {}
         for out in self.node.outs:
             name = str(Path(out).relative_to(folder))
@@ -625,13 +653,32 @@ class Job:
         tell_dvc(repo, seen, self.node)
         if not self.by_dvc:
             self.record(repo)
+        self.drop_old()
+        if not self.by_dvc:
             self.finish(repo, outs)
-        shutil.rmtree(old, ignore_errors=True)
+        (self.work / "finished").unlink()
+
+    def drop_old(self) -> None:
+        """Remove what was published before, which is in DVC's cache."""
+        shutil.rmtree(self.old, ignore_errors=True)
+
+    def clone_cached(self, repo: Repo, sums: dict[str, str]) -> None:
+        """Have what DVC's cache held before be clones of it, for DVC keeps a copy."""
+
+        def clone(name: str) -> None:
+            cached, new = self.store.cache.object(sums[name]), self.work / "new" / name
+            if cached.is_file() and md5_file(cached) == sums[name]:
+                new.parent.mkdir(parents=True, exist_ok=True)
+                repo.cache.local.fs.reflink(str(cached), str(new))
+                new.chmod(0o644)
+                new.replace(Path(self.node.folder, name))
+
+        on_all_cores([partial(clone, name) for name in sums])
 
     def check_space(self, repo: Repo, size: int) -> None:
         """Raise before anything is moved if DVC's cache has no room for a copy."""
         cache = Path(repo.cache.local.path)
-        linked = repo.cache.local.cache_types == ["hardlink"]
+        linked = repo.cache.local.cache_types in (["reflink"], ["hardlink"])
         free = shutil.disk_usage(cache).free
         need = (1 << 20) if linked else size + (1 << 20)
         if free < need:
@@ -651,7 +698,7 @@ class Job:
             stage.save_outs()
             stage.commit()
             repo.stage_cache.save(stage)
-            stage.dump(update_pipeline=False)
+            write_lock(repo, stage)
 
     def finish(self, repo: Repo, outs: dict[str, str]) -> None:
         """Remember the published files as they are now, and write the manifest.
@@ -758,23 +805,34 @@ def link_only(repo: Repo) -> None:
 
     Offered `copy` too, it leaves a copy where the cache had the file already.
     """
-    cache = Path(repo.cache.local.path)
-    cache.mkdir(parents=True, exist_ok=True)
-    types = repo.cache.local.cache_types
-    if "hardlink" in types and can_link(cache):
-        repo.cache.local.cache_types = ["hardlink"]
+    cache = repo.cache.local
+    if "hardlink" in cache.cache_types:
+        cache.cache_types = links_to(Path(cache.path))[:1] or cache.cache_types
 
 
-def can_link(cache: Path) -> bool:
-    """Whether a file in the cache can have a second name in the project."""
-    with tempfile.NamedTemporaryFile(dir=cache, prefix=".link-") as file:
-        name = STATE / Path(file.name).name
-        try:
-            os.link(file.name, name)
-        except OSError:
-            return False
-        name.unlink()
-        return True
+def links_to(cache: Path) -> list[str]:
+    """How a file of the cache can be in the project too without a copy, best first.
+
+    An edit of a clone does not reach the cache. DVC's own config does not name it: by
+    itself DVC would copy where the file system makes none.
+    """
+    from dvc_objects.fs.generic import test_links
+    from dvc_objects.fs.local import localfs
+
+    here = str((STATE / "link").absolute())
+    return test_links(["reflink", "hardlink"], localfs, str(cache), localfs, here)
+
+
+def write_lock(repo: Repo, stage: PipelineStage) -> None:
+    """Record a stage in dvc.lock, by rename: DVC itself would write it in place."""
+    from dvc.dvcfile import Lockfile
+
+    new = Path(repo.tmp_dir, LOCK.name)
+    new.unlink(missing_ok=True)
+    if LOCK.exists():
+        shutil.copy(LOCK, new)
+    Lockfile(repo, str(new)).dump(stage)
+    new.replace(LOCK)
 
 
 def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> None:
@@ -787,12 +845,15 @@ def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> Non
     from dvc.config import NoRemoteError
     from dvc.exceptions import CollectCacheError
 
+    def drop_damaged(md5: str) -> None:
+        cached = store.cache.object(md5)
+        if cached.is_file() and md5_file(cached) != md5:
+            cached.unlink()
+
     for md5 in record.outs.values():
         listed = store.cache.listing(md5) if md5.endswith(".dir") else {"": md5}
-        for one in (listed or {}).values():
-            cached = store.cache.object(one)
-            if cached.is_file() and md5_file(cached) != one:
-                cached.unlink()
+        digests = set((listed or {}).values())
+        on_all_cores([partial(drop_damaged, one) for one in digests])
     try:
         if not all(map(store.cache.holds, record.outs.values())):
             for objects in stage.get_used_objs().values():

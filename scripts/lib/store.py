@@ -12,6 +12,7 @@ refresh()  after each node: what came out the same stops there
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -567,10 +568,14 @@ def apart_from_builds() -> Iterator[None]:
 
 @contextmanager
 def dvc_errors() -> Iterator[None]:
-    """Show what DVC refuses without a traceback."""
+    """Show what DVC refuses, and that a disk is full, without a traceback."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            where = str(error.filename or "a disk")
+            hint = "free some space and run again: it goes on from there"
+            raise UserError(where, str(error.strerror), hint) from error
         if type(error).__module__.partition(".")[0] not in ("dvc", "scmrepo"):
             raise
         hint = (
