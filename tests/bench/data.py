@@ -193,22 +193,26 @@ def edges(bench: Bench, documents: Path) -> Row:
     )
     others = {
         PLAIN: (
-            bench.plain("tokenize", "b", tokenizer, few, bench.folder / "b/data"),
-            "b/data",
+            bench.plain(
+                "tokenize", "few-plain", tokenizer, few, bench.folder / "few-plain/data"
+            ),
+            "few-plain/data",
         )
     }
     if bench.anchors.megatron:
         for fast, name in ((False, TOOL), (True, FAST)):
-            command = bench.tool(fast, name[-6:-4], tokenizer, few)
-            others[name] = (command, f"{name[-6:-4]}/data_text_document")
-    run(bench.ours("tokenize", "a", tokenizer, few))
+            folder = "few-fast" if fast else "few-tool"
+            command = bench.tool(fast, folder, tokenizer, few)
+            others[name] = (command, f"{folder}/data_text_document")
+    run(bench.ours("tokenize", "few-ours", tokenizer, few))
+    ours = bench.folder / "few-ours/data"
     said = []
     right = None
     for name, (command, shard) in others.items():
         run(command)
-        said.append(f"{name}: {told(bench.folder / 'a/data', bench.folder / shard)}")
+        said.append(f"{name}: {told(ours, bench.folder / shard)}")
         if name == (TOOL if bench.anchors.megatron else PLAIN):
-            right = same_shard(bench.folder / "a/data", bench.folder / shard)
+            right = same_shard(ours, bench.folder / shard)
     return Row(
         f"tokenize where the tokenizer adds BOS, {len(EDGES) + len(texts)} documents, "
         "an empty one and special tokens' names among them",
