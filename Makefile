@@ -7,6 +7,7 @@ VENV ?= .venv
 CONFIG ?= config/config.yaml
 PROFILE ?= local
 MODEL ?= artifacts/export/nano/model
+ANCHOR_PYTHON ?= $(VENV)/bin/python
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export VIRTUAL_ENV := $(abspath $(VENV))
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 export PIPELINE_CONFIG := $(CONFIG)
 
-.PHONY: help env env-nvidia export plan dag doctor status chat check test cluster gpu bench-gpu bench-plan docs
+.PHONY: help env env-nvidia export plan dag doctor status chat check test cluster gpu bench bench-gpu bench-plan docs
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -80,7 +81,15 @@ cluster: $(DEV) ## on a real Slurm of this machine: the chain, and each fault
 gpu: $(DEV) ## the engine nvidia on this machine's GPUs; without one it says so
 	pytest -q -rs -n 8 tests/gpu
 
+<<<<<<< HEAD
 bench-gpu: $(DEV) ## steps a second against Megatron-Bridge and NeMo-RL called bare, and start-up
+=======
+bench: $(DEV) ## data, publishing and planning against others: MEGATRON=... BRIDGE=...
+	python -m tests.bench $(if $(MEGATRON),--megatron $(MEGATRON)) $(if $(BRIDGE),--bridge $(BRIDGE)) \
+	  --anchor-python $(ANCHOR_PYTHON)
+
+bench-gpu: $(DEV) ## steps a second against Megatron-Bridge called bare, and start-up
+>>>>>>> bench
 	python -m tests.gpu.bench
 	python -m tests.gpu.bench --stage grpo
 
