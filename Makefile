@@ -82,14 +82,12 @@ gpu: $(DEV) ## the engine nvidia on this machine's GPUs; without one it says so
 	pytest -q -rs -n 8 tests/gpu
 
 <<<<<<< HEAD
-bench-gpu: $(DEV) ## steps a second against Megatron-Bridge and NeMo-RL called bare, and start-up
 =======
 bench: $(DEV) ## data, publishing and planning against others: MEGATRON=... BRIDGE=...
 	python -m tests.bench $(if $(MEGATRON),--megatron $(MEGATRON)) $(if $(BRIDGE),--bridge $(BRIDGE)) \
 	  --anchor-python $(ANCHOR_PYTHON)
 
-bench-gpu: $(DEV) ## steps a second against Megatron-Bridge called bare, and start-up
->>>>>>> bench
+bench-gpu: $(DEV) ## steps a second against Megatron-Bridge and NeMo-RL called bare, and start-up
 	python -m tests.gpu.bench
 	python -m tests.gpu.bench --stage grpo
 

@@ -47,9 +47,9 @@ SHARED = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 GRPO = {
     "steps": 20,
     "batch_size": 512,
-    "num_generations": 16,
+    "num_generations": 8,
     "max_completion_tokens": 4,
-    "lr": 1e-3,
+    "lr": 5e-4,
     "lr_scheduler": "constant_with_warmup",
     "warmup_steps": 2,
     "log_steps": 1,
@@ -452,8 +452,8 @@ def experts(shared: Path, inputs: Path) -> Run:
 def make_chatty(folder: Path, inputs: Path, model: str = "qwen3_small") -> None:
     """A model that was fine-tuned to add, and often forgets to carry."""
     stages = Stages(folder, inputs, 0)
-    base = stages.pretrain(model=model, steps=3000, lr=2e-3).done()
-    tuned = stages.sft(base.out, steps=1500, lr=1.5e-3).done()
+    base = stages.pretrain(model=model, steps=2000, lr=2e-3).done()
+    tuned = stages.sft(base.out, steps=500, batch_size=32).done()
     tuned.out.rename(folder / "out")
 
 
