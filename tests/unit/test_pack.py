@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from scripts.data import pack, tokenizer
+from scripts.data import fast, pack, tokenizer
+from scripts.data.fast import Encoder
 from scripts.lib.errors import DataError
 
 TEMPLATE = "config/models/tiny/chat_template.jinja"
@@ -157,12 +158,12 @@ def remade(folder, tmp_path, template=None, change=lambda content: None):
 def library(request, monkeypatch):
     """Every test with this runs by both ways to ids and masks."""
     if request.param == "Hugging Face":
-        monkeypatch.setattr(pack.FastEncoder, "of", lambda backend: None)
+        monkeypatch.setattr(pack, "bytes_of_tokens", lambda tokenizer: None)
     return request.param
 
 
 def is_fast(folder):
-    return pack.ChatEncoder(folder).fast is not None
+    return pack.ChatEncoder(folder).num_bytes is not None
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, WITH_TOOLS])
@@ -252,54 +253,53 @@ def test_a_tokenizer_that_changes_bytes_is_left_to_hugging_face(
 
 @pytest.mark.parametrize("wrong", ["ids", "bytes", "refused"])
 def test_where_fastokens_differs_hugging_face_starts_over(
-    make, monkeypatch, hugging_face, capsys, wrong
+    make, monkeypatch, capsys, wrong
 ):
-    encode = pack.FastEncoder.encode
+    ids_of, bytes_of, calls = Encoder.fastokens, pack.bytes_of_tokens, []
 
-    class Refusing:
-        def encode_batch_flat(self, texts):
+    def differing(encoder, texts):
+        calls.append(texts)
+        if wrong == "refused" and len(calls) > 1:
             raise RuntimeError("match limit")
-
-    def differing(self, rendered):
-        if wrong == "bytes":
-            self.num_bytes = self.num_bytes + 1
-        if wrong == "refused" and self.num_calls:
-            self.tokenizer = Refusing()
-        self.num_calls += 1
-        found = encode(self, rendered)
+        ids, lengths = ids_of(encoder, texts)
         if wrong == "ids":
-            found.ids[found.ends[2] - 1] = 7  # the third chat of a batch
-        return found
+            ids = np.where(np.arange(len(ids)) == lengths[0] - 1, 7, ids)
+        return ids, lengths
+
+    def other_bytes(tokenizer):
+        return bytes_of(tokenizer) + (wrong == "bytes")
 
     right = make(CHATS, out="right")
     monkeypatch.setattr(pack, "BATCH_CHATS", 10)
-    monkeypatch.setattr(pack, "SAMPLED", 2)
-    monkeypatch.setattr(pack.FastEncoder, "encode", differing)
-    monkeypatch.setattr(pack.FastEncoder, "num_calls", 0, raising=False)
+    monkeypatch.setattr(Encoder, "fastokens", differing)
+    monkeypatch.setattr(pack, "bytes_of_tokens", other_bytes)
     out = make(CHATS)
-    assert "Hugging Face tokenizes all chats" in capsys.readouterr().err
+    assert "encodes all chats, from the first" in capsys.readouterr().err
+    assert len(calls) == (2 if wrong == "refused" else 1)
     for name in ("packed.parquet", "packing.json"):
         assert (out / name).read_bytes() == (right / name).read_bytes()
 
 
-def test_samples_are_every_so_many_chats_whatever_the_batches(
+def test_the_same_chats_are_encoded_twice_whatever_the_batches(
     tokenizer_folder, monkeypatch
 ):
-    monkeypatch.setattr(pack, "SAMPLED", 7)
-    encoder = pack.ChatEncoder(tokenizer_folder)
-    texts = []
-    backend = encoder.backend
+    monkeypatch.setattr(fast, "EVERY", 7)
+    encoded, found = Encoder.hugging_face, []
 
-    class Noting:
-        def encode_batch_fast(self, found, **flags):
-            texts.extend(found)
-            return backend.encode_batch_fast(found, **flags)
+    def noting(encoder, texts):
+        found[-1].extend(texts)
+        return encoded(encoder, texts)
 
-    encoder.backend = Noting()
-    rendered = [encoder.render({"messages": chat}, "messages") for chat in CHATS]
-    for first, last in itertools.pairwise([0, 1, 2, 30, 31, 50, 120]):
-        encoder.encode(rendered[first:last])
-    assert texts == [text for text, _spans in rendered[::7]]
+    monkeypatch.setattr(Encoder, "hugging_face", noting)
+    for batches in ([0, 1, 2, 30, 31, 50, 120], [0, 120]):
+        encoder = pack.ChatEncoder(tokenizer_folder)
+        rendered = [encoder.render({"messages": chat}, "messages") for chat in CHATS]
+        found.append([])
+        for first, last in itertools.pairwise(batches):
+            encoder.encode(rendered[first:last])
+    assert found[0] == found[1]
+    assert {text for text, _spans in rendered[::7]} <= set(found[0])
+    assert len(found[0]) < len(CHATS)
 
 
 def test_one_core_and_two_give_the_same_bytes(tmp_path, tokenizer_folder):
