@@ -3,7 +3,9 @@ r"""Tokenize chats and pack them into rows of equal length for SFT.
 Reads   --tokenizer  Hugging Face tokenizer folder; its chat template has
                      `{% generation %}` around what the assistant says
         --data       NAME=PATH, repeated: rows with `messages`, a list of
-                     {role: system, user, assistant or tool; content}
+                     {role: system, user, assistant or tool; content}. The
+                     assistant's may have `tool_calls`, and then no content; a row's
+                     `tools`, a list or its JSON, is what the template gets as such
         --recipe     YAML of one `pack:` node
 Writes  --out        packed.parquet  a row: input_ids, loss_mask, seq_start_id,
                                      each list<int32>
@@ -12,7 +14,8 @@ Writes  --out        packed.parquet  a row: input_ids, loss_mask, seq_start_id,
                                      `refuse`, also too_long: dropped, truncated and
                                      the first few by file and line
                      In --work, while it runs, chats.bin: 4 bytes a token
-Raises  DataError for bad rows (no assistant turn, an empty one, a wrong role), for
+Raises  DataError for bad rows (no assistant turn, an empty one, a wrong role,
+        tools or calls that the template leaves out), for
         a chat longer than sequence_length unless `too_long` says what to do with
         it, for a tokenizer without such a template
 Resumes never: it starts again
@@ -116,10 +119,15 @@ class ChatEncoder:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = checked(row, column)
+        messages, tools = checked(row, column), tools_of(row)
+        calls = any(message.get("tool_calls") for message in messages)
+        for name, used in (("tools", tools), ("tool_calls", calls)):
+            if used and not re.search(rf"\b{name}\b", self.template):
+                raise BadRow(f"the chat template leaves out its `{name}`")
         try:
             texts, spans = render_jinja_template(
                 [messages],
+                tools=tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **self.special_tokens,
@@ -272,6 +280,7 @@ def batches(
 def checked(row: Row, column: str) -> list[dict[str, Any]]:
     """The messages of a chat that can be trained on. Raises BadRow."""
     messages = field(row, column, list)
+    result = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise BadRow(f"message {number} is no object")
@@ -281,16 +290,30 @@ def checked(row: Row, column: str) -> list[dict[str, Any]]:
                 f"message {number} has role {role!r}; known: {', '.join(ROLES)}"
             )
         content = message.get("content")
+        if role == "assistant" and message.get("tool_calls") and content is None:
+            content = ""
         if not isinstance(content, str):
             raise BadRow(f"message {number} ({role}) has no text as content")
-        if role == "assistant" and not content.strip():
+        if role == "assistant" and not (content.strip() or message.get("tool_calls")):
             raise BadRow(f"message {number} (assistant) is empty")
+        given = {key: value for key, value in message.items() if value is not None}
+        result.append({**given, "content": content})
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no message of the assistant")
-    return [
-        {key: value for key, value in message.items() if value is not None}
-        for message in messages
-    ]
+    return result
+
+
+def tools_of(row: Row) -> list[Any] | None:
+    """The tools of a row, if it has some. Raises BadRow."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise BadRow(f"column `tools` is not JSON: {error}") from error
+    if tools is not None and not isinstance(tools, list):
+        raise BadRow(f"column `tools` is {type(tools).__name__}, not a list")
+    return tools or None
 
 
 def token_mask(

@@ -26,6 +26,7 @@ TEMPLATES = [
     "config/models/nano3/chat_template.jinja",
 ]
 WITH_TOOLS = """
+{%- for tool in tools or [] -%}{{- '<tool>' + tool | tojson + '\\n' -}}{%- endfor -%}
 {%- for m in messages -%}
   {{- '<|im_start|>' + m.role + '\n' -}}
   {%- if m.role == 'assistant' -%}
@@ -73,7 +74,9 @@ def run(stage, out, recipe, *flags):
 
 
 def lines(path, chats):
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    """A row for each chat; one that is a whole row already stays so."""
+    rows = [chat if isinstance(chat, dict) else {"messages": chat} for chat in chats]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -191,6 +194,56 @@ def test_each_template_gives_the_ids_and_mask_of_transformers(
     tok = transformers.AutoTokenizer.from_pretrained(folder)
     out = make(chats, "sequence_length: 1024", folder=folder)
     assert sorted(chats_in(out)) == sorted(of_transformers(tok, chats))
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": [1, None]}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"ü": "漢"}}}
+
+
+@pytest.mark.parametrize("content", [None, "", "I add. ", "left out"])
+@pytest.mark.parametrize("tools", [[TOOL, TOOL], json.dumps([TOOL]), [], None])
+def test_calls_and_tools_are_those_of_transformers(
+    make, tmp_path, tokenizer_folder, library, content, tools
+):
+    calls = {"role": "assistant", "content": content, "tool_calls": [CALL, CALL]}
+    if content == "left out":
+        del calls["content"]
+    answer = {"role": "tool", "content": '{"sum": 2}'}
+    chat = [user("1+1?"), calls, answer, calls, answer, assistant("2 漢")]
+    folder = remade(tokenizer_folder, tmp_path, WITH_TOOLS)
+    out = make(
+        [{"messages": chat, "tools": tools}], "sequence_length: 2048", folder=folder
+    )
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    calls["content"] = calls.get("content") or ""
+    found = tok.apply_chat_template(
+        chat,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ((ids, mask),) = chats_in(out)
+    assert ids == found["input_ids"]
+    assert mask == [*found["assistant_masks"][1:], 0]
+    said = tok.decode([i for i, m in zip(ids[1:], mask, strict=False) if m])
+    assert said.count("<tool_call>") == 4 and said.endswith("2 漢<eos>")
+    assert '"sum"' not in said and "<tool>" not in said
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"tools": [TOOL]}, "the chat template leaves out its `tools`"),
+        ({"tools": "{"}, "column `tools` is not JSON"),
+        ({"tools": {"a": 1}}, "column `tools` is dict, not a list"),
+        ({"calls": [CALL]}, "the chat template leaves out its `tool_calls`"),
+    ],
+)
+def test_tools_that_would_be_lost_are_named(make, row, why):
+    calls = row.pop("calls", None)
+    last = {"role": "assistant", "content": "x", "tool_calls": calls}
+    with pytest.raises(DataError, match=rf"chat\.jsonl:2: {why}"):
+        make([CHATS[0], {"messages": [user("1+1?"), last], **row}])
 
 
 def test_a_token_that_reaches_into_a_span_is_the_assistants(
