@@ -81,8 +81,6 @@ cluster: $(DEV) ## on a real Slurm of this machine: the chain, and each fault
 gpu: $(DEV) ## the engine nvidia on this machine's GPUs; without one it says so
 	pytest -q -rs -n 8 tests/gpu
 
-<<<<<<< HEAD
-=======
 bench: $(DEV) ## data, publishing and planning against others: MEGATRON=... BRIDGE=...
 	python -m tests.bench $(if $(MEGATRON),--megatron $(MEGATRON)) $(if $(BRIDGE),--bridge $(BRIDGE)) \
 	  --anchor-python $(ANCHOR_PYTHON)

@@ -3,7 +3,9 @@ r"""Tokenize chats and pack them into rows of equal length for SFT.
 Reads   --tokenizer  Hugging Face tokenizer folder; its chat template has
                      `{% generation %}` around what the assistant says
         --data       NAME=PATH, repeated: rows with `messages`, a list of
-                     {role: system, user, assistant or tool; content}
+                     {role: system, user, assistant or tool; content}. The
+                     assistant's may have `tool_calls`, and then no content; a row's
+                     `tools`, a list or its JSON, is what the template gets as such
         --recipe     YAML of one `pack:` node
 Writes  --out        packed.parquet  a row: input_ids, loss_mask, seq_start_id,
                                      each list<int32>
@@ -12,7 +14,8 @@ Writes  --out        packed.parquet  a row: input_ids, loss_mask, seq_start_id,
                                      `refuse`, also too_long: dropped, truncated and
                                      the first few by file and line
                      In --work, while it runs, chats.bin: 4 bytes a token
-Raises  DataError for bad rows (no assistant turn, an empty one, a wrong role), for
+Raises  DataError for bad rows (no assistant turn, an empty one, a wrong role,
+        tools or calls that the template leaves out), for
         a chat longer than sequence_length unless `too_long` says what to do with
         it, for a tokenizer without such a template
 Resumes never: it starts again
@@ -24,8 +27,9 @@ Bridge writes it: loss_mask[i] is 1 where input_ids[i + 1] is the assistant's, a
 at each chat's last token, which predicts nothing.
 
 Chats are packed by best fit decreasing; rows are then shuffled by the seed. Memory
-holds a chat's length, not its tokens. fastokens makes the ids of a byte-level BPE;
-some chats are encoded by Hugging Face too, and all of them where the two disagree.
+holds a chat's length, not its tokens. fastokens makes the ids of a byte-level BPE,
+checked against Hugging Face's tokenizers (`scripts.data.fast`), which encode all chats
+where one differs.
 
     python -m scripts.data.pack --tokenizer T --data chat=chat.jsonl \
         --recipe R --out work/try
@@ -47,6 +51,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from scripts.data.chats import load_tokenizer
+from scripts.data.fast import Checks, Encoder
 from scripts.lib import cli
 from scripts.lib.errors import DataError
 from scripts.lib.progress import Progress
@@ -60,8 +66,6 @@ BATCH_CHARACTERS = 4_000_000
 GROUP_ROWS = 500
 GROUP_TOKENS = 1 << 21
 NAMED = 5
-SAMPLED = 64
-PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 Spans = list[tuple[int, int]]
 Ints = npt.NDArray[np.int32]
@@ -83,44 +87,47 @@ class Encoded(NamedTuple):
 
 
 class InexactError(Exception):
-    """fastokens and Hugging Face do not agree; the message says on what."""
+    """fastokens and Hugging Face do not agree; the message says how."""
 
 
 class ChatEncoder:
     """Renders chats and tokenizes them, each once, with the assistant's tokens."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            self.tokenizer = load_tokenizer(folder)
-        except Exception as error:
+        self.tokenizer = load_tokenizer(folder)
+        self.template = self.tokenizer.chat_template
+        if not isinstance(self.template, str) or not GENERATION.search(self.template):
             raise DataError(
-                str(folder), f"cannot be loaded as a tokenizer: {error}"
-            ) from error
-        template = self.tokenizer.chat_template
-        hint = "give the tokenizer node a `chat_template` with `{% generation %}`"
-        if not isinstance(template, str):
-            raise DataError(str(folder), "the tokenizer has no chat template", hint)
-        if not GENERATION.search(template):
-            raise DataError(
-                str(folder), "its chat template has no `{% generation %}`", hint
+                str(folder),
+                "its chat template has no `{% generation %}`",
+                "give the tokenizer node a `chat_template` with `{% generation %}`",
             )
-        self.template = template
         self.special_tokens = self.tokenizer.special_tokens_map
-        self.backend = self.tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.fast = FastEncoder.of(self.backend)
-        self.num_chats = 0
+        self.encoder = Encoder(self.tokenizer.backend_tokenizer, False)
+        self.checks = Checks()
+        self.num_bytes = bytes_of_tokens(self.encoder.tokenizer)
+        if self.encoder.refusal:
+            print(
+                f"fastokens refuses this tokenizer ({self.encoder.refusal}): Hugging "
+                "Face's encodes it all, more slowly",
+                file=sys.stderr,
+            )
+            self.num_bytes = None
 
     def render(self, row: Row, column: str) -> Rendered:
         """A chat's text and the spans of it that the assistant says."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = checked(row, column)
+        messages, tools = checked(row, column), tools_of(row)
+        calls = any(message.get("tool_calls") for message in messages)
+        for name, used in (("tools", tools), ("tool_calls", calls)):
+            if used and not re.search(rf"\b{name}\b", self.template):
+                raise BadRow(f"the chat template leaves out its `{name}`")
         try:
             texts, spans = render_jinja_template(
                 [messages],
+                tools=tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **self.special_tokens,
@@ -139,29 +146,30 @@ class ChatEncoder:
         of a letter of several tokens. Here every token has the letters from the
         token before it to its end. Raises InexactError.
         """
-        if self.fast is None:
+        if self.num_bytes is None:
             return self.encode_by_offsets(rendered)
-        found = self.fast.encode(rendered)
-        first = -self.num_chats % SAMPLED
-        self.num_chats += len(rendered)
-        samples = range(first, len(rendered), SAMPLED)
-        for number, truth in zip(
-            samples,
-            self.backend.encode_batch_fast(
-                [rendered[number].text for number in samples], add_special_tokens=False
-            ),
-            strict=True,
-        ):
-            start = int(found.ends[number - 1]) if number else 0
-            if truth.ids != found.ids[start : int(found.ends[number])].tolist():
-                raise InexactError(f"the ids of {rendered[number].text[:80]!r}")
-        return found
+        texts = [text for text, _spans in rendered]
+        ids, lengths, fault = self.encoder.checked(texts, self.checks.choose(texts))
+        if fault:
+            raise InexactError(fault)
+        ends = np.cumsum(lengths)
+        spans, text_ends = byte_spans(rendered)
+        num_bytes = self.num_bytes[ids]
+        token_ends = np.cumsum(num_bytes, dtype=np.int64)
+        if not np.array_equal(np.append(0, token_ends)[ends], text_ends):
+            raise InexactError("fastokens' ids are not a chat's bytes")
+        firsts = np.searchsorted(token_ends, spans[:, 0], "right")
+        lasts = np.searchsorted(token_ends - num_bytes, spans[:, 1], "left")
+        said = np.zeros(len(ids), np.bool_)
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            said[first:last] = True
+        return Encoded(ids.astype(np.int32), said, ends)
 
     def encode_by_offsets(self, rendered: list[Rendered]) -> Encoded:
         """The same by Hugging Face alone, for any tokenizer, some 20 times slower."""
         ids, said, ends = array("i"), array("b"), array("q")
         for encoding, (_text, spans) in zip(
-            self.backend.encode_batch(
+            self.encoder.tokenizer.encode_batch(
                 [text for text, _spans in rendered], add_special_tokens=False
             ),
             rendered,
@@ -177,59 +185,6 @@ class ChatEncoder:
         )
 
 
-class FastEncoder:
-    """A byte-level BPE by fastokens, which tells ids only.
-
-    Such a tokenizer loses and changes no byte, so the lengths of the tokens tell
-    which bytes each one is.
-    """
-
-    def __init__(self, tokenizer: Any, num_bytes: Ints) -> None:
-        self.tokenizer, self.num_bytes = tokenizer, num_bytes
-
-    @classmethod
-    def of(cls, backend: Any) -> FastEncoder | None:
-        """One for a Hugging Face tokenizer; None where there cannot be one."""
-        content = json.loads(backend.to_str())
-        if not keeps_bytes(content):
-            return None
-        try:
-            import fastokens
-
-            tokenizer = fastokens.Tokenizer.from_json_str(backend.to_str())
-        except (ImportError, RuntimeError, ValueError) as error:
-            print(f"Hugging Face tokenizes: no fastokens: {error}", file=sys.stderr)
-            return None
-        lengths = {id: len(token) for token, id in content["model"]["vocab"].items()}
-        lengths |= {
-            t["id"]: len(t["content"].encode()) for t in content["added_tokens"]
-        }
-        num_bytes = np.zeros(1 + max(lengths), np.int32)
-        num_bytes[list(lengths)] = list(lengths.values())
-        return cls(tokenizer, num_bytes)
-
-    def encode(self, rendered: list[Rendered]) -> Encoded:
-        """Ids and mask. Raises InexactError where they are not a chat's bytes."""
-        texts = [text for text, _spans in rendered]
-        try:
-            flat, offsets = self.tokenizer.encode_batch_flat(texts)
-        except (RuntimeError, ValueError) as error:
-            raise InexactError(f"what it takes: {error}") from error
-        ids = np.frombuffer(flat, np.uint32).astype(np.int32)
-        ends = np.frombuffer(offsets, np.uint64).astype(np.int64)[1:]
-        spans, text_ends = byte_spans(rendered)
-        token_ends = np.cumsum(self.num_bytes[ids], dtype=np.int64)
-        if not np.array_equal(np.append(0, token_ends)[ends], text_ends):
-            raise InexactError("the number of a chat's bytes")
-        starts = token_ends - self.num_bytes[ids]
-        firsts = np.searchsorted(token_ends, spans[:, 0], "right")
-        lasts = np.searchsorted(starts, spans[:, 1], "left")
-        said = np.zeros(len(ids), np.bool_)
-        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            said[first:last] = True
-        return Encoded(ids, said, ends)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Read, tokenize, pack and write."""
     args = cli.parse_rows(__doc__, argv)
@@ -243,11 +198,10 @@ def main(argv: list[str] | None = None) -> int:
             num_bad = collect(chats, encoder, recipe, data, progress)
         except InexactError as error:
             print(
-                f"fastokens differs from Hugging Face in {error}; Hugging Face "
-                "tokenizes all chats, from the first",
+                f"{error}; Hugging Face's tokenizer encodes all chats, from the first",
                 file=sys.stderr,
             )
-            encoder.fast = None
+            encoder.num_bytes = None
             chats.clear()
             num_bad = collect(chats, encoder, recipe, data, progress)
         chats.check()
@@ -277,25 +231,6 @@ def use_cores() -> None:
     if threads := os.environ.get("OMP_NUM_THREADS"):
         os.environ["RAYON_NUM_THREADS"] = threads
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """What AutoTokenizer loads, without the torch it imports where its class is plain."""
-    import transformers
-
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    plain = (
-        config.get("tokenizer_class") in PLAIN_CLASSES
-        and "auto_map" not in config
-        and not (folder / "config.json").exists()
-    )
-    loader: Any = (
-        transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
-    )
-    return loader.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
 
 
 def collect(
@@ -345,6 +280,7 @@ def batches(
 def checked(row: Row, column: str) -> list[dict[str, Any]]:
     """The messages of a chat that can be trained on. Raises BadRow."""
     messages = field(row, column, list)
+    result = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise BadRow(f"message {number} is no object")
@@ -354,16 +290,30 @@ def checked(row: Row, column: str) -> list[dict[str, Any]]:
                 f"message {number} has role {role!r}; known: {', '.join(ROLES)}"
             )
         content = message.get("content")
+        if role == "assistant" and message.get("tool_calls") and content is None:
+            content = ""
         if not isinstance(content, str):
             raise BadRow(f"message {number} ({role}) has no text as content")
-        if role == "assistant" and not content.strip():
+        if role == "assistant" and not (content.strip() or message.get("tool_calls")):
             raise BadRow(f"message {number} (assistant) is empty")
+        given = {key: value for key, value in message.items() if value is not None}
+        result.append({**given, "content": content})
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no message of the assistant")
-    return [
-        {key: value for key, value in message.items() if value is not None}
-        for message in messages
-    ]
+    return result
+
+
+def tools_of(row: Row) -> list[Any] | None:
+    """The tools of a row, if it has some. Raises BadRow."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise BadRow(f"column `tools` is not JSON: {error}") from error
+    if tools is not None and not isinstance(tools, list):
+        raise BadRow(f"column `tools` is {type(tools).__name__}, not a list")
+    return tools or None
 
 
 def token_mask(
@@ -406,6 +356,22 @@ def keeps_bytes(content: dict[str, Any]) -> bool:
         )
         and not any(t["lstrip"] or t["rstrip"] for t in content["added_tokens"])
     )
+
+
+def bytes_of_tokens(tokenizer: Any) -> Ints | None:
+    """The number of bytes of each token; None where tokens are not the text's bytes.
+
+    A byte-level BPE loses and changes no byte, so that its tokens' lengths tell which
+    bytes each one is.
+    """
+    content = json.loads(tokenizer.to_str())
+    if not keeps_bytes(content):
+        return None
+    lengths = {id: len(token) for token, id in content["model"]["vocab"].items()}
+    lengths |= {t["id"]: len(t["content"].encode()) for t in content["added_tokens"]}
+    result = np.zeros(1 + max(lengths), np.int32)
+    result[list(lengths)] = list(lengths.values())
+    return result
 
 
 def byte_spans(

@@ -36,10 +36,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+from scripts.data.chats import load_tokenizer
 from scripts.data.prompts import (
     NAMED,
     Batches,
-    load_tokenizer,
     refuse_long_ones,
     split,
     write_lines,

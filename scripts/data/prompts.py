@@ -27,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from scripts.data.chats import load_tokenizer
 from scripts.lib import cli
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.progress import Progress
@@ -54,27 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     counts = {"train": len(train), "validation": len(validation), **counts}
     (args.out / "prompts.json").write_text(json.dumps(counts, indent=2) + "\n")
     return 0
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, which must have a chat template."""
-    from transformers import AutoTokenizer
-
-    try:
-        result = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise DataError(
-            str(folder), f"cannot be loaded as a tokenizer: {error}"
-        ) from error
-    if result.chat_template is None:
-        raise DataError(
-            str(folder),
-            "the tokenizer has no chat template",
-            "give the tokenizer node a `chat_template`",
-        )
-    return result
 
 
 def read(

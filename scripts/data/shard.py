@@ -6,6 +6,7 @@ documents wait in a file, so memory grows neither with tokens nor with documents
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Shard:
         self.num_documents = self.num_tokens = 0
         self._bin = prefix.with_name(f"{prefix.name}.bin.tmp").open("ab")
         self._sizes = sizes.open("ab")
+        self._digests = hashlib.blake2b(), hashlib.blake2b()
 
     def holds(self, num_documents: int, num_tokens: int) -> bool:
         """Whether the files are long enough to go on from there."""
@@ -47,13 +49,24 @@ class Shard:
         self._bin.truncate(num_tokens * self.dtype.itemsize)
         self._sizes.truncate(num_documents * 4)
         self.num_documents, self.num_tokens = num_documents, num_tokens
+        self._digests = hashlib.blake2b(), hashlib.blake2b()
 
     def add(self, ids: Array, lengths: Array) -> None:
         """Append documents: their ids in a row, and how many are each one's."""
-        self._bin.write(np.ascontiguousarray(ids, self.dtype).data)
-        self._sizes.write(lengths.astype("<i4").data)
+        contents = np.ascontiguousarray(ids, self.dtype), lengths.astype("<i4")
+        for file, digest, content in zip(
+            (self._bin, self._sizes), self._digests, contents, strict=True
+        ):
+            file.write(content.data)
+            digest.update(content.data)
         self.num_documents += len(lengths)
         self.num_tokens += len(ids)
+
+    def take_digest(self) -> str:
+        """Digest of what was added since the last one was taken, or since `go_back`."""
+        found = "".join(digest.hexdigest()[:32] for digest in self._digests)
+        self._digests = hashlib.blake2b(), hashlib.blake2b()
+        return found
 
     def flush(self) -> None:
         """Have on disk what was added, for a later run to find."""

@@ -3,25 +3,29 @@ r"""Tokenize documents into Megatron bin/idx shards and a weighted blend.
 Reads   --tokenizer  Hugging Face tokenizer folder
         --data       NAME=PATH, repeated: rows with `text`
         --recipe     YAML of one `tokenize:` node
+        --earlier    folder, repeated: an --out of before, whole or not. What it has of
+                     a file that is unchanged is copied; the bytes are as without it
 Writes  --out        NAME.bin, NAME.idx  tokens: uint16, or int32 for large
                                          vocabularies; one sequence a document
                      blend.json          sources (name, prefix, weight, documents,
                                          tokens, bad_rows), tokenizer_vocab_size,
                                          eod_id
-                     receipts.json       of each file: digest, documents, tokens,
-                                         bytes written, the library that encoded it,
-                                         documents checked; and the tokenizer's digest
+                     receipts.json       of each source: the settings its tokens depend
+                                         on; of each file: digest, documents, tokens,
+                                         bytes written and their digest, the library
+                                         that encoded it, documents checked
 Raises  DataError for bad rows, for no token at all, for a folder that is no
-        tokenizer's
-Resumes file by file: a source whose receipts in --work tell of the same bytes in and
-        whose files are whole is kept, and one half done goes on at the file it was at
+        tokenizer's, for special tokens in documents where they are refused
+Resumes file by file: a source whose receipts in --out tell of the same files and
+        which is whole is kept, and one half done goes on at the file it was at
 
 The ids are those of Megatron's preprocess_data.py: special-token text in a document
-becomes the special token, what the tokenizer adds by itself (BOS) is kept, and a
-document without a token is a document entry with no sequence and no EOD. fastokens
-makes them, checked against Hugging Face's tokenizers (`scripts.data.fast`), which
-encode a whole file where one document differs. OMP_NUM_THREADS processes encode, one a
-core by default; the bytes do not depend on their number.
+becomes the special token unless the recipe says otherwise, what the tokenizer adds by
+itself (BOS) is kept, and a document without a token is a document entry with no
+sequence and no EOD. fastokens makes them, checked against Hugging Face's tokenizers
+(`scripts.data.fast`), which encode a whole file where one document differs.
+OMP_NUM_THREADS processes encode, one a core by default; the bytes do not depend on
+their number.
 
     python -m scripts.data.tokenize --tokenizer T --data corpus=corpus.jsonl \
         --recipe R --out work/try
@@ -34,11 +38,23 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scripts.data.fast import FASTOKENS, HUGGING_FACE, Checks, Encoder, Workers
+from scripts.data.documents import DocumentEncoder, Encoded, Workers
+from scripts.data.fast import Checks, Part
+from scripts.data.receipts import (
+    FINISHED,
+    RECEIPTS,
+    Earlier,
+    Receipt,
+    Told,
+    journal,
+    same_file,
+    sizes,
+)
 from scripts.data.shard import Shard
 from scripts.lib import cli, rows
 from scripts.lib.errors import DataError
@@ -48,50 +64,39 @@ from scripts.lib.schema import Source, TokenizeRecipe
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1_000_000
-FINISHED = {"finished": True}
 BYTES_OF_A_WORKER = 4_000_000
 """Less than this is encoded sooner than another process starts."""
+NAMED = 5
+FASTOKENS, HUGGING_FACE = "fastokens", "tokenizers"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Tokenize every source that is not whole yet, then write the blend."""
-    args = cli.parse_rows(__doc__, argv)
+    flags = cli.rows_parser(__doc__)
+    flags.add_argument("--earlier", action="append", default=[], type=Path)
+    args = cli.parse(flags, argv)
     recipe = cli.load_recipe(args.recipe, TokenizeRecipe)
+    encoder = DocumentEncoder(args.tokenizer, recipe)
+    if encoder.refusal:
+        say(
+            f"fastokens refuses this tokenizer ({encoder.refusal}): Hugging Face's "
+            "encodes it all, more slowly"
+        )
+    settings = settings_of(recipe, args.tokenizer)
     sources = [
-        SourceFiles.of(name, source, paths)
+        SourceFiles.of(name, source, paths, settings)
         for name, source, paths in rows.named_sources(
             recipe.sources, cli.named_paths(args.data)
         )
     ]
-    encoder = Encoder(args.tokenizer)
-    if encoder.refusal:
-        print(
-            f"fastokens refuses this tokenizer ({encoder.refusal}): Hugging Face's "
-            "encodes it all, more slowly",
-            file=sys.stderr,
-            flush=True,
-        )
-    tokenizer = [
-        digest(args.tokenizer / name)
-        for name in ("tokenizer.json", "tokenizer_config.json")
-    ]
     progress = Progress(args.work)
     blend, receipts = [], {}
-    with Workers(
-        encoder, args.tokenizer, recipe.append_eod, num_workers(sources)
-    ) as workers:
+    with Workers(encoder, args.tokenizer, recipe, num_workers(sources)) as workers:
         for source in sources:
-            key = {
-                "append_eod": recipe.append_eod,
-                "source": source.source.model_dump(exclude={"weight"}),
-                "tokenizer": tokenizer,
-                "files": [[path.name, digest(path)] for path in source.files],
-            }
-            prefix = args.out / source.name
-            state = State(args.work / f"{source.name}.receipts.jsonl", key)
-            if not state.is_whole(prefix):
-                write(source, workers, state, prefix, progress)
-            receipts[source.name] = state.files
+            state = State(args.out, source)
+            if not state.is_whole():
+                write(source, workers, state, args.earlier, progress)
+            receipts[source.name] = {"settings": source.settings, "files": state.files}
             blend.append(
                 {
                     "name": source.name,
@@ -108,14 +113,9 @@ def main(argv: list[str] | None = None) -> int:
             "no tokens: every document is empty",
             "is `column` the one that holds the text?",
         )
-    write_json(
-        args.out / "receipts.json",
-        {
-            "tokenizer.json": tokenizer[0],
-            "tokenizer_config.json": tokenizer[1],
-            "sources": receipts,
-        },
-    )
+    write_json(args.out / RECEIPTS, {"sources": receipts})
+    for source in sources:
+        journal(args.out, source.name).unlink(missing_ok=True)
     write_json(
         args.out / "blend.json",
         {
@@ -127,6 +127,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def settings_of(recipe: TokenizeRecipe, tokenizer: Path) -> dict[str, Any]:
+    """What tokens depend on beside a source."""
+    return {
+        **recipe.model_dump(),
+        **{
+            name: digest(tokenizer / name)
+            for name in ("tokenizer.json", "tokenizer_config.json")
+        },
+        "versions": {name: version(name) for name in (FASTOKENS, HUGGING_FACE)},
+    }
+
+
 @dataclass(frozen=True)
 class SourceFiles:
     """A source, and the units it is read in: one a file, or a whole hub dataset."""
@@ -135,25 +147,32 @@ class SourceFiles:
     source: Source
     files: list[Path]
     units: list[list[Path]]
+    settings: dict[str, Any]
+    receipts: list[Receipt]
+    """What is known of each unit before it is read."""
 
     @classmethod
-    def of(cls, name: str, source: Source, paths: list[Path]) -> SourceFiles:
+    def of(
+        cls, name: str, source: Source, paths: list[Path], settings: dict[str, Any]
+    ) -> SourceFiles:
         files = rows.files_of(name, source, paths)
-        units = [paths] if source.hf else [[path] for path in files]
-        return cls(name, source, files, units)
+        settings = settings | source.model_dump(
+            include={"column", "hf", "split", "revision"}
+        )
+        receipts = [{"file": path.name, "digest": digest(path)} for path in files]
+        if not source.hf:
+            units = [[path] for path in files]
+            return cls(name, source, files, units, settings, receipts)
+        content = (
+            source.revision
+            or hashlib.blake2b(json.dumps(receipts).encode()).hexdigest()
+        )
+        receipts = [{"file": source.hf, "digest": content}]
+        return cls(name, source, files, [paths], settings, receipts)
 
     @property
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
-
-    def receipt(self, unit: int, key: dict[str, Any]) -> dict[str, Any]:
-        """What is known of a unit before it is read."""
-        if self.source.hf:
-            files = json.dumps(key["files"]).encode()
-            content = self.source.revision or hashlib.blake2b(files).hexdigest()
-            return {"file": self.source.hf, "digest": content}
-        name, content = key["files"][unit]
-        return {"file": name, "digest": content}
 
 
 def num_workers(sources: list[SourceFiles]) -> int:
@@ -167,46 +186,56 @@ def num_workers(sources: list[SourceFiles]) -> int:
 
 
 class State:
-    """Receipts of a source's units that are done, a line each, for a later run.
+    """Receipts of a source's units that are done, for a later run to go on from.
 
-    The first line is what they depend on, the last one of a whole source FINISHED.
+    A line each in a file: first the settings, after a whole source FINISHED.
     """
 
-    def __init__(self, path: Path, key: dict[str, Any]) -> None:
-        self.path, self.key = path, key
-        self.files: list[dict[str, Any]] = []
+    def __init__(self, folder: Path, source: SourceFiles) -> None:
+        self.folder, self.source = folder, source
+        self.path = journal(folder, source.name)
+        self.files: list[Receipt] = []
         self.documents = self.tokens = self.bad_rows = 0
-        self.finished = False
-        found = read_lines(path)
-        if found[:1] == [key]:
-            self.finished = found[-1] == FINISHED
-            self._count(found[1 : -1 if self.finished else None])
+        told = Told.of(folder, source.name)
+        self.finished = told.finished
+        if (
+            told.settings == source.settings
+            and len(told.files) <= len(source.receipts)
+            and all(map(same_file, told.files, source.receipts))
+        ):
+            self._count(told.files)
 
-    def _count(self, receipts: list[dict[str, Any]]) -> None:
+    def _count(self, receipts: list[Receipt]) -> None:
         self.files += receipts
         self.documents += sum(receipt["documents"] for receipt in receipts)
         self.tokens += sum(receipt["tokens"] for receipt in receipts)
         self.bad_rows += sum(receipt["bad_rows"] for receipt in receipts)
 
-    def is_whole(self, prefix: Path) -> bool:
+    def is_whole(self) -> bool:
         """Whether an earlier run finished bin and idx, and they are undamaged."""
+        done = self.finished and len(self.files) == len(self.source.receipts)
+        if not done or self.bad_rows > self.source.source.max_bad_rows:
+            return False
         try:
-            return self.finished and len(IndexedReader(prefix).tokens) == self.tokens
+            reader = IndexedReader(self.folder / self.source.name)
         except DataError:
             return False
+        return len(reader.tokens) == self.tokens
 
-    def begin(self, from_start: bool) -> None:
-        """Write the file anew, with the units done so far or, from the start, none."""
-        if from_start:
+    def begin(self, shard: Shard) -> None:
+        """Write the file anew, with the units done that the shard holds, if any."""
+        too_many = self.bad_rows > self.source.source.max_bad_rows
+        holds = shard.holds(self.documents, self.tokens)
+        if self.finished or too_many or not holds:
             self.files.clear()
             self.documents = self.tokens = self.bad_rows = 0
         self.finished = False
         temporary = self.path.with_name(self.path.name + ".tmp")
-        lines = [self.key, *self.files]
+        lines = [self.source.settings, *self.files]
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.replace(self.path)
 
-    def add(self, receipt: dict[str, Any]) -> None:
+    def add(self, receipt: Receipt) -> None:
         """Record one more unit."""
         self._append(receipt)
         self._count([receipt])
@@ -221,57 +250,69 @@ class State:
             file.write(json.dumps(line) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file's JSON lines, as far as they are whole; none where it is missing."""
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError):
-        return []
-
-
 @dataclass
 class Batch:
     """Where a batch is from; the last one of a unit tells of its bad rows."""
 
     unit: int
     bytes_read: int
-    num_checked: int
+    num_checked: int = 0
     bad_rows: int | None = None
+    wheres: list[str] = field(default_factory=list)
+    earlier: Earlier | None = None
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Units that are copied, and why some are left to Hugging Face's tokenizer."""
+
+    earlier: dict[int, Earlier]
+    because: dict[int, str]
+
+    @classmethod
+    def of(cls, source: SourceFiles, folders: list[Path], refused: bool) -> Ways:
+        units = range(len(source.units))
+        found: dict[int, Earlier] = {}
+        for folder in folders:
+            earlier = Earlier(folder, source.name, source.settings)
+            here = [u for u in units if earlier.find(source.receipts[u])]
+            found = dict.fromkeys(here, earlier) | found
+        return cls(found, dict.fromkeys(units, "refused") if refused else {})
 
 
 def write(
     source: SourceFiles,
     workers: Workers,
     state: State,
-    prefix: Path,
+    folders: list[Path],
     progress: Progress,
 ) -> None:
     """One source's bin and idx, from the unit where an earlier run stopped."""
     encoder = workers.encoder
-    shard = Shard(prefix, state.path.with_suffix(".sizes"), encoder.vocab_size)
-    state.begin(state.finished or not shard.holds(state.documents, state.tokens))
-    because = (
-        dict.fromkeys(range(len(source.units)), "refused") if encoder.refusal else {}
-    )
+    ways = Ways.of(source, folders, bool(encoder.refusal))
+    lengths = sizes(state.folder, source.name)
+    shard = Shard(state.folder / source.name, lengths, encoder.vocab_size)
     try:
+        state.begin(shard)
         while len(state.files) < len(source.units):
             shard.go_back(state.documents, state.tokens)
-            if fault := write_units(source, workers, state, shard, because, progress):
+            if fault := write_units(source, workers, state, shard, ways, progress):
                 unit = len(state.files)
-                because[unit] = fault
-                print(
-                    f"{source.receipt(unit, state.key)['file']}: {fault}; Hugging "
-                    "Face's tokenizer encodes the whole file",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                if ways.earlier.pop(unit, None):
+                    answer = "it is encoded again"
+                else:
+                    ways.because[unit] = fault
+                    answer = "Hugging Face's tokenizer encodes the whole file"
+                say(f"{source.receipts[unit]['file']}: {fault}; {answer}")
         if not state.documents:
             raise DataError(f"dataset `{source.name}`", "holds no usable row")
         shard.finish()
     finally:
         shard.close()
     state.finish()
+    if ways.earlier:
+        num, total = len(ways.earlier), len(source.units)
+        say(f"{source.name}: {num} of {total} files as before, their tokens copied")
 
 
 def write_units(
@@ -279,35 +320,41 @@ def write_units(
     workers: Workers,
     state: State,
     shard: Shard,
-    because: dict[int, str],
+    ways: Ways,
     progress: Progress,
 ) -> str:
-    """Write units until all are done or one's ids are wrong; tell what was wrong.
-
-    `because` tells why a unit is left to Hugging Face's tokenizer.
-    """
+    """Write units until all are done or one's ids are wrong; tell what was wrong."""
     num_checked, total = 0, max(1, source.num_bytes)
-    for batch, encoded in workers.encode(batches(source, state, because)):
+    for batch, encoded in workers.encode(batches(source, state, ways)):
+        known = source.receipts[batch.unit]
         if encoded.fault:
             return encoded.fault
+        if encoded.refused:
+            raise refusal(source, batch, encoded)
+        if batch.earlier and not batch.earlier.copy(known, shard):
+            return "its tokens of before are damaged"
         shard.add(encoded.ids, encoded.lengths)
         num_checked += batch.num_checked
-        if batch.bad_rows is not None:
+        if batch.earlier:
             shard.flush()
-            documents = shard.num_documents - state.documents
+            state.add(batch.earlier.find(known) or known)
+        elif batch.bad_rows is not None:
+            shard.flush()
+            because = ways.because.get(batch.unit)
             tokens = shard.num_tokens - state.tokens
-            receipt = {
-                **source.receipt(batch.unit, state.key),
-                "documents": documents,
-                "tokens": tokens,
-                "bytes": tokens * shard.dtype.itemsize,
-                "bad_rows": batch.bad_rows,
-                "encoder": HUGGING_FACE if batch.unit in because else FASTOKENS,
-                "checked": num_checked,
-            }
-            if batch.unit in because:
-                receipt["because"] = because[batch.unit]
-            state.add(receipt)
+            state.add(
+                {
+                    **known,
+                    "documents": shard.num_documents - state.documents,
+                    "tokens": tokens,
+                    "bytes": tokens * shard.dtype.itemsize,
+                    "content": shard.take_digest(),
+                    "bad_rows": batch.bad_rows,
+                    "encoder": HUGGING_FACE if because else FASTOKENS,
+                    "checked": num_checked,
+                    **({"because": because} if because else {}),
+                }
+            )
             num_checked = 0
         done = len(state.files) == len(source.units)
         progress.report(
@@ -319,46 +366,62 @@ def write_units(
     return ""
 
 
+def refusal(source: SourceFiles, batch: Batch, encoded: Encoded) -> DataError:
+    """The error that tells of special tokens in documents."""
+    found = [f"{batch.wheres[i]}: {token}" for i, token in encoded.refused[:NAMED]]
+    return DataError(
+        f"dataset `{source.name}`",
+        "documents hold the text of special tokens:\n  " + "\n  ".join(found),
+        "take it out; or `special_tokens: escape` encodes it as ordinary text, `keep` "
+        "as the special token",
+    )
+
+
 def batches(
-    source: SourceFiles, state: State, because: dict[int, str]
-) -> Iterator[tuple[Batch, list[str], list[int] | None]]:
+    source: SourceFiles, state: State, ways: Ways
+) -> Iterator[tuple[Batch, list[str], list[Part] | None]]:
     """Texts of the units to be done, in order, and which of them are encoded twice."""
-    checks = Checks()
     num_bad = state.bad_rows
     column = source.source.column or "text"
     first = len(state.files)
     bytes_before = sum(path.stat().st_size for (path,) in source.units[:first])
 
-    def batch(
-        unit: int, texts: list[str], bad_rows: int | None
-    ) -> tuple[Batch, list[str], list[int] | None]:
-        check = None if unit in because else checks.choose(texts)
-        bytes_read = bytes_before + reader.bytes_read
-        return Batch(unit, bytes_read, len(check or ()), bad_rows), texts, check
-
     for unit, paths in enumerate(source.units[first:], first):
+        earlier = ways.earlier.get(unit)
+        receipt = earlier and earlier.find(source.receipts[unit])
+        if receipt and num_bad + receipt["bad_rows"] <= source.source.max_bad_rows:
+            num_bad += receipt["bad_rows"]
+            bytes_before += sum(path.stat().st_size for path in paths)
+            yield Batch(unit, bytes_before, earlier=earlier), [], None
+            continue
         reader = rows.read_rows(
             source.name, source.source, paths, lambda row: rows.field(row, column)
         )
         reader.num_bad = num_bad
         reader.num_rows = 1  # that none is usable is an error of a whole source only
-        waiting: list[str] = []
-        for texts in groups(text for text, _where in reader):
-            if waiting:
-                yield batch(unit, waiting, None)
-            waiting = texts
-        yield batch(unit, waiting, reader.num_bad - num_bad)
+        checks = None if unit in ways.because else Checks()
+        for group in groups(reader):
+            texts = [text for text, _where in group]
+            batch = Batch(unit, bytes_before + reader.bytes_read)
+            batch.wheres = [where for _text, where in group]
+            check = checks.choose(texts) if checks else None
+            batch.num_checked = len({i for i, _part in check or ()})
+            yield batch, texts, check
+        read = bytes_before + reader.bytes_read
+        yield Batch(unit, read, bad_rows=reader.num_bad - num_bad), [], None
         num_bad = reader.num_bad
         bytes_before += reader.bytes_total
 
 
-def groups(texts: Iterable[str]) -> Iterator[list[str]]:
+def groups(
+    texts: Iterable[tuple[str, str]],
+) -> Iterator[list[tuple[str, str]]]:
     """Texts in groups small enough to hold and large enough to keep cores busy."""
-    group: list[str] = []
+    group: list[tuple[str, str]] = []
     characters = 0
     for text in texts:
         group.append(text)
-        characters += len(text)
+        characters += len(text[0])
         if len(group) == BATCH_DOCUMENTS or characters > BATCH_CHARACTERS:
             yield group
             group, characters = [], 0
@@ -370,6 +433,11 @@ def digest(path: Path) -> str:
     """A file's content as a hexadecimal digest."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def say(what: str) -> None:
+    """Tell what a reader of the log should know."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from scripts.lib.errors import RecipeError, UserError
 
 NOT_DONE = 75
 """Exit code of a script that saved and stopped before its last step."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Recipe = TypeVar("Recipe", bound=pydantic.BaseModel)
 
@@ -46,14 +49,19 @@ def parse(flags: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Na
     return args
 
 
-def parse_rows(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags of a stage that turns rows into tokens."""
-    flags = parser(doc)
-    flags.add_argument("--tokenizer", type=Path, required=True, help="its folder")
-    flags.add_argument(
+def rows_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a stage that turns rows into tokens."""
+    result = parser(doc)
+    result.add_argument("--tokenizer", type=Path, required=True, help="its folder")
+    result.add_argument(
         "--data", action="append", default=[], metavar="NAME=PATH", help="repeated"
     )
-    return parse(flags, argv)
+    return result
+
+
+def parse_rows(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags of such a stage."""
+    return parse(rows_parser(doc), argv)
 
 
 def named_paths(values: list[str]) -> dict[str, list[Path]]:
@@ -94,6 +102,16 @@ def run(main: Callable[[], int]) -> None:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(
+            f"error: the disk is full: {error}\n\nhint: free some space where --out and "
+            "--work are, and run again",
+            file=sys.stderr,
+            flush=True,
+        )
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -74,7 +74,8 @@ LAUNCHER_SAYS = re.compile(r"[EIW]\d{4} |Traceback |srun: |slurmstepd: |\[rank\d
 OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]kill", re.IGNORECASE)
 """How Slurm says so where a step of several machines ran out of memory."""
 RESUMES_IN_OUT = {"tokenize"}
-"""Stages that find finished parts of their own in --out."""
+"""Stages that find finished parts of their own in --out, and in folders of before."""
+MADE_BY = "made_by.json"
 PYTHON_OF_NVIDIA = Path(".venv-nvidia/bin/python")
 
 
@@ -416,11 +417,14 @@ class Job:
         self.resumed = (self.work / "progress.json").exists()
         if node.stage not in RESUMES_IN_OUT:
             shutil.rmtree(self.out, ignore_errors=True)
+        write_atomic(self.work / MADE_BY, json.dumps(self.made_by()))
         words = ["-P", "-m", node.script]
         words += ["--recipe", str(self.work / "recipe.yaml")]
         words += ["--out", str(content), "--work", str(self.work)]
         words += [word for flag in node.flags for word in flag]
         words += placement_flags(node)
+        if node.stage in RESUMES_IN_OUT:
+            words += self.earlier_flags()
         if node.stage == "report":
             words += self.report_flags()
         environment = {
@@ -498,6 +502,32 @@ class Job:
         shown.parent.mkdir(parents=True, exist_ok=True)
         shown.unlink(missing_ok=True)
         shown.symlink_to(os.path.relpath(log, shown.parent))
+
+    def made_by(self) -> dict[str, Any]:
+        return {"code": self.node.code, "packages": self.node.packages}
+
+    def earlier_flags(self) -> list[str]:
+        """Where its code, as it is now, made something of other inputs.
+
+        That may be what is published, or what a stopped run left. Its script takes over
+        what would be the same.
+        """
+        name, content = self.node.name, STAGES[self.node.stage].content
+        places = [(Path(self.node.folder), "provenance.json", content)]
+        for work in self.work.parent.glob(f"{name}-*"):
+            if work != self.work:
+                places.append((work, MADE_BY, f"out/{content}"))
+        flags = []
+        for folder, record, inside in places:
+            try:
+                known = json.loads((folder / record).read_text())
+            except (OSError, ValueError):
+                continue
+            ours = self.made_by()
+            same = {key: known.get(key) for key in ours} == ours
+            if same and (folder / inside).is_dir():
+                flags += ["--earlier", str(folder / inside)]
+        return flags
 
     def report_flags(self) -> list[str]:
         """What only the report wants: the graph, and every ancestor's folder."""

@@ -123,6 +123,12 @@ class TokenizeRecipe(Sources):
     """Documents to Megatron bin/idx shards and a weighted blend."""
 
     append_eod: bool = Field(True, description="End each document with the EOD token.")
+    special_tokens: Literal["keep", "escape", "refuse"] = Field(
+        "keep",
+        description="What a special token's text in a document becomes: `keep`: that "
+        "token, as in Megatron; `escape`: the tokens of ordinary text; `refuse`: an "
+        "error that names file and row.",
+    )
 
 
 class Tokenize(TokenizeRecipe):

@@ -5,6 +5,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
     Regex,
@@ -17,7 +19,9 @@ from tokenizers import (
 )
 
 from scripts.data import fast
-from scripts.data.fast import EVERY, NEEDED_APART, Checks, Encoder
+from scripts.data.documents import DocumentEncoder
+from scripts.data.fast import EVERY, NEEDED_APART, WHOLE, Checks
+from scripts.lib.schema import TokenizeRecipe
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -93,13 +97,17 @@ def save(tok, folder):
     return folder
 
 
+def encoder_of(folder, **recipe):
+    return DocumentEncoder(folder, TokenizeRecipe(**recipe))
+
+
 FAMILIES = (byte_level, gpt_2, metaspace)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda f: f.__name__)
 def encoder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers") / request.param.__name__
-    found = Encoder(save(request.param(), folder))
+    found = encoder_of(save(request.param(), folder))
     assert not found.refusal
     return found
 
@@ -192,10 +200,105 @@ def test_special_tokens_in_a_text_and_around_it(encoder):
     )
 
 
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda f: f.__name__)
+def overlapping(request, tmp_path_factory):
+    """A tokenizer of which special tokens are parts of others, and of ordinary ones."""
+    folder = tmp_path_factory.mktemp("tokenizers") / request.param.__name__
+    tok = request.param()
+    tok.add_special_tokens(
+        [
+            "<|x|>y",
+            AddedToken("<a>", lstrip=True),
+            AddedToken("<a><b", normalized=False),
+            AddedToken("word", single_word=True),
+            AddedToken("<n>", normalized=True, special=True),
+        ]
+    )
+    tok.add_tokens(["<b>", "b>x"])
+    return save(tok, folder)
+
+
+PARTS = [
+    *(
+        "<bos>",
+        "<eos>",
+        "<pad>",
+        "<a>",
+        "<b>",
+        "<a><b",
+        "b>x",
+        "<|x|>y",
+        "<|x|>",
+        "<n>",
+    ),
+    *("<tool>", "word", "words", "x", " ", "é", "<", "a", "\n", "\0", "<unk>"),
+]
+PROPERTY = settings(
+    max_examples=100,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+MIXES = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=8).map("".join)
+
+
+def of_hugging_face(folder, texts, as_text):
+    tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tok.encode_special_tokens = as_text
+    return [tok.encode(text).ids for text in texts]
+
+
+def whole(*indexes):
+    return [(i, WHOLE) for i in indexes]
+
+
+def one_by_one(encoded):
+    ids = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+    return [part.tolist() for part in ids] if len(encoded.lengths) else []
+
+
+@PROPERTY
+@given(texts=st.lists(MIXES, min_size=1, max_size=5))
+@pytest.mark.parametrize("library", ["fastokens", "tokenizers"])
+@pytest.mark.parametrize("mode", ["keep", "escape"])
+def test_special_tokens_in_documents_are_kept_or_escaped_as_by_hugging_face(
+    overlapping, mode, library, texts
+):
+    encoder = known(overlapping, mode)
+    check = None if library == "tokenizers" else []
+    found = encoder.encode(texts, check)
+    assert one_by_one(found) == of_hugging_face(overlapping, texts, mode == "escape")
+    assert (found.fault, found.refused) == ("", ())
+
+
+@PROPERTY
+@given(texts=st.lists(MIXES, min_size=1, max_size=5))
+def test_a_document_is_refused_where_escaping_would_change_it(overlapping, texts):
+    found = known(overlapping, "refuse").encode(texts, [])
+    kept = of_hugging_face(overlapping, texts, False)
+    escaped = of_hugging_face(overlapping, texts, True)
+    changed = [i for i, ids in enumerate(kept) if ids != escaped[i]]
+    assert [i for i, _token in found.refused] == changed
+    for i, token in found.refused:
+        assert token.strip() in texts[i]
+    if not changed:
+        assert one_by_one(found) == kept
+
+
+ENCODERS = {}
+
+
+def known(folder, mode):
+    key = folder, mode
+    if key not in ENCODERS:
+        ENCODERS[key] = encoder_of(folder, append_eod=False, special_tokens=mode)
+    return ENCODERS[key]
+
+
 def test_no_texts_and_empty_texts(encoder):
     for texts in ([], [""], ["", "a", ""]):
         assert_same(encoder, texts)
-        encoded = encoder.encode(texts, list(range(len(texts))), True)
+        encoded = encoder.encode(texts, whole(*range(len(texts))))
         assert not encoded.fault
         assert len(encoded.lengths) == len(texts)
 
@@ -205,8 +308,9 @@ def test_the_end_follows_each_document_with_a_token_by_either_library(
     encoder, append_eod
 ):
     texts = ["", *CORPUS[:9], ""]
-    ours = encoder.encode(texts, [], append_eod)
-    theirs = encoder.encode(texts, None, append_eod)
+    encoder.append_eod = append_eod
+    ours, theirs = encoder.encode(texts, []), encoder.encode(texts, None)
+    encoder.append_eod = True
     assert ours.ids.tolist() == theirs.ids.tolist()
     assert ours.lengths.tolist() == theirs.lengths.tolist()
     end = [encoder.eod_id] if append_eod else []
@@ -215,9 +319,9 @@ def test_the_end_follows_each_document_with_a_token_by_either_library(
 
 
 def test_a_tokenizer_that_is_refused_says_why(tmp_path):
-    encoder = Encoder(save(word_piece(), tmp_path / "word"))
+    encoder = encoder_of(save(word_piece(), tmp_path / "word"))
     assert "unsupported" in encoder.refusal
-    assert encoder.encode(["the"], None, True).ids.tolist() == [1, 2]
+    assert encoder.encode(["the"], None).ids.tolist() == [1, 2]
 
 
 class Wrong:
@@ -234,29 +338,42 @@ class Wrong:
 
 def test_a_difference_in_a_checked_text_is_told(encoder, monkeypatch):
     monkeypatch.setattr(encoder, "fast", Wrong(encoder.fast))
-    assert "'az'" in encoder.encode(["b", "az"], [1], True).fault
-    assert not encoder.encode(["b", "az"], [0], True).fault
+    assert "'az'" in encoder.encode(["b", "az"], whole(1)).fault
+    assert not encoder.encode(["b", "az"], whole(0)).fault
 
 
-def test_a_very_long_text_is_checked_in_pieces(encoder, monkeypatch):
+def test_pieces_of_a_long_text_are_checked(encoder, monkeypatch):
     monkeypatch.setattr(fast, "PIECE_CHARACTERS", 10)
     texts = ["a", "b c" * 9, "b c" * 9 + "z"]
-    assert not encoder.encode(texts, [0, 1, 2], True).fault
+    parts = [*Checks().choose(texts), (1, slice(0, 20)), (2, slice(20, 99))]
+    assert not encoder.encode(texts, parts).fault
     monkeypatch.setattr(encoder, "fast", Wrong(encoder.fast))
-    assert not encoder.encode(texts, [0, 1], True).fault
-    assert "within 'b c" in encoder.encode(texts, [0, 1, 2], True).fault
+    assert not encoder.encode(texts, parts[:-1]).fault
+    assert "z'" in encoder.encode(texts, parts).fault
+
+
+def test_of_a_long_text_only_pieces_with_what_is_rare_are_encoded_twice(monkeypatch):
+    monkeypatch.setattr(fast, "PIECE_CHARACTERS", 100)
+    text = "a" * 250 + "é" + "a" * 400
+    checks = Checks()
+    assert checks.choose([text]) == [(0, slice(0, 164)), (0, slice(136, 364))]
+    assert checks.choose([text, "é"]) == [], "it is settled"
+    short = "a" * 150 + "\0"
+    assert checks.choose([text, short]) == [(1, WHOLE)]
 
 
 def test_a_failure_of_the_library_is_told(encoder, monkeypatch):
     monkeypatch.setattr(encoder, "fast", None)
-    assert "fastokens failed" in encoder.encode(["a"], [0], True).fault
+    assert "fastokens failed" in encoder.encode(["a"], whole(0)).fault
 
 
 def test_each_text_with_a_code_point_not_seen_is_checked_and_a_sample():
     checks = Checks()
     texts = ["ab", "ba", "abc", *["a"] * EVERY, "é", "é", "漢", "演", "ab\0", "ab\0"]
-    chosen = checks.choose(texts[:2]) + [i + 2 for i in checks.choose(texts[2:])]
-    assert chosen == [0, 2, EVERY, *(EVERY + i for i in (3, 5, 7, 8))]
+    chosen = checks.choose(texts[:2]) + [
+        (i + 2, p) for i, p in checks.choose(texts[2:])
+    ]
+    assert chosen == whole(0, EVERY, *(EVERY + i for i in (3, 5, 7, 8)))
 
 
 def test_what_unicode_may_yet_change_is_always_checked_and_marks_more_often():

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from scripts.data import pack, tokenizer
+from scripts.data import fast, pack, tokenizer
+from scripts.data.fast import Encoder
 from scripts.lib.errors import DataError
 
 TEMPLATE = "config/models/tiny/chat_template.jinja"
@@ -25,6 +26,7 @@ TEMPLATES = [
     "config/models/nano3/chat_template.jinja",
 ]
 WITH_TOOLS = """
+{%- for tool in tools or [] -%}{{- '<tool>' + tool | tojson + '\\n' -}}{%- endfor -%}
 {%- for m in messages -%}
   {{- '<|im_start|>' + m.role + '\n' -}}
   {%- if m.role == 'assistant' -%}
@@ -72,7 +74,9 @@ def run(stage, out, recipe, *flags):
 
 
 def lines(path, chats):
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    """A row for each chat; one that is a whole row already stays so."""
+    rows = [chat if isinstance(chat, dict) else {"messages": chat} for chat in chats]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -157,12 +161,12 @@ def remade(folder, tmp_path, template=None, change=lambda content: None):
 def library(request, monkeypatch):
     """Every test with this runs by both ways to ids and masks."""
     if request.param == "Hugging Face":
-        monkeypatch.setattr(pack.FastEncoder, "of", lambda backend: None)
+        monkeypatch.setattr(pack, "bytes_of_tokens", lambda tokenizer: None)
     return request.param
 
 
 def is_fast(folder):
-    return pack.ChatEncoder(folder).fast is not None
+    return pack.ChatEncoder(folder).num_bytes is not None
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, WITH_TOOLS])
@@ -190,6 +194,56 @@ def test_each_template_gives_the_ids_and_mask_of_transformers(
     tok = transformers.AutoTokenizer.from_pretrained(folder)
     out = make(chats, "sequence_length: 1024", folder=folder)
     assert sorted(chats_in(out)) == sorted(of_transformers(tok, chats))
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": [1, None]}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"ü": "漢"}}}
+
+
+@pytest.mark.parametrize("content", [None, "", "I add. ", "left out"])
+@pytest.mark.parametrize("tools", [[TOOL, TOOL], json.dumps([TOOL]), [], None])
+def test_calls_and_tools_are_those_of_transformers(
+    make, tmp_path, tokenizer_folder, library, content, tools
+):
+    calls = {"role": "assistant", "content": content, "tool_calls": [CALL, CALL]}
+    if content == "left out":
+        del calls["content"]
+    answer = {"role": "tool", "content": '{"sum": 2}'}
+    chat = [user("1+1?"), calls, answer, calls, answer, assistant("2 漢")]
+    folder = remade(tokenizer_folder, tmp_path, WITH_TOOLS)
+    out = make(
+        [{"messages": chat, "tools": tools}], "sequence_length: 2048", folder=folder
+    )
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    calls["content"] = calls.get("content") or ""
+    found = tok.apply_chat_template(
+        chat,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ((ids, mask),) = chats_in(out)
+    assert ids == found["input_ids"]
+    assert mask == [*found["assistant_masks"][1:], 0]
+    said = tok.decode([i for i, m in zip(ids[1:], mask, strict=False) if m])
+    assert said.count("<tool_call>") == 4 and said.endswith("2 漢<eos>")
+    assert '"sum"' not in said and "<tool>" not in said
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"tools": [TOOL]}, "the chat template leaves out its `tools`"),
+        ({"tools": "{"}, "column `tools` is not JSON"),
+        ({"tools": {"a": 1}}, "column `tools` is dict, not a list"),
+        ({"calls": [CALL]}, "the chat template leaves out its `tool_calls`"),
+    ],
+)
+def test_tools_that_would_be_lost_are_named(make, row, why):
+    calls = row.pop("calls", None)
+    last = {"role": "assistant", "content": "x", "tool_calls": calls}
+    with pytest.raises(DataError, match=rf"chat\.jsonl:2: {why}"):
+        make([CHATS[0], {"messages": [user("1+1?"), last], **row}])
 
 
 def test_a_token_that_reaches_into_a_span_is_the_assistants(
@@ -252,54 +306,53 @@ def test_a_tokenizer_that_changes_bytes_is_left_to_hugging_face(
 
 @pytest.mark.parametrize("wrong", ["ids", "bytes", "refused"])
 def test_where_fastokens_differs_hugging_face_starts_over(
-    make, monkeypatch, hugging_face, capsys, wrong
+    make, monkeypatch, capsys, wrong
 ):
-    encode = pack.FastEncoder.encode
+    ids_of, bytes_of, calls = Encoder.fastokens, pack.bytes_of_tokens, []
 
-    class Refusing:
-        def encode_batch_flat(self, texts):
+    def differing(encoder, texts):
+        calls.append(texts)
+        if wrong == "refused" and len(calls) > 1:
             raise RuntimeError("match limit")
-
-    def differing(self, rendered):
-        if wrong == "bytes":
-            self.num_bytes = self.num_bytes + 1
-        if wrong == "refused" and self.num_calls:
-            self.tokenizer = Refusing()
-        self.num_calls += 1
-        found = encode(self, rendered)
+        ids, lengths = ids_of(encoder, texts)
         if wrong == "ids":
-            found.ids[found.ends[2] - 1] = 7  # the third chat of a batch
-        return found
+            ids = np.where(np.arange(len(ids)) == lengths[0] - 1, 7, ids)
+        return ids, lengths
+
+    def other_bytes(tokenizer):
+        return bytes_of(tokenizer) + (wrong == "bytes")
 
     right = make(CHATS, out="right")
     monkeypatch.setattr(pack, "BATCH_CHATS", 10)
-    monkeypatch.setattr(pack, "SAMPLED", 2)
-    monkeypatch.setattr(pack.FastEncoder, "encode", differing)
-    monkeypatch.setattr(pack.FastEncoder, "num_calls", 0, raising=False)
+    monkeypatch.setattr(Encoder, "fastokens", differing)
+    monkeypatch.setattr(pack, "bytes_of_tokens", other_bytes)
     out = make(CHATS)
-    assert "Hugging Face tokenizes all chats" in capsys.readouterr().err
+    assert "encodes all chats, from the first" in capsys.readouterr().err
+    assert len(calls) == (2 if wrong == "refused" else 1)
     for name in ("packed.parquet", "packing.json"):
         assert (out / name).read_bytes() == (right / name).read_bytes()
 
 
-def test_samples_are_every_so_many_chats_whatever_the_batches(
+def test_the_same_chats_are_encoded_twice_whatever_the_batches(
     tokenizer_folder, monkeypatch
 ):
-    monkeypatch.setattr(pack, "SAMPLED", 7)
-    encoder = pack.ChatEncoder(tokenizer_folder)
-    texts = []
-    backend = encoder.backend
+    monkeypatch.setattr(fast, "EVERY", 7)
+    encoded, found = Encoder.hugging_face, []
 
-    class Noting:
-        def encode_batch_fast(self, found, **flags):
-            texts.extend(found)
-            return backend.encode_batch_fast(found, **flags)
+    def noting(encoder, texts):
+        found[-1].extend(texts)
+        return encoded(encoder, texts)
 
-    encoder.backend = Noting()
-    rendered = [encoder.render({"messages": chat}, "messages") for chat in CHATS]
-    for first, last in itertools.pairwise([0, 1, 2, 30, 31, 50, 120]):
-        encoder.encode(rendered[first:last])
-    assert texts == [text for text, _spans in rendered[::7]]
+    monkeypatch.setattr(Encoder, "hugging_face", noting)
+    for batches in ([0, 1, 2, 30, 31, 50, 120], [0, 120]):
+        encoder = pack.ChatEncoder(tokenizer_folder)
+        rendered = [encoder.render({"messages": chat}, "messages") for chat in CHATS]
+        found.append([])
+        for first, last in itertools.pairwise(batches):
+            encoder.encode(rendered[first:last])
+    assert found[0] == found[1]
+    assert {text for text, _spans in rendered[::7]} <= set(found[0])
+    assert len(found[0]) < len(CHATS)
 
 
 def test_one_core_and_two_give_the_same_bytes(tmp_path, tokenizer_folder):

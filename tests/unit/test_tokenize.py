@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import processors
 
 from scripts.data import fast, tokenize, tokenizer
+from scripts.data.documents import DocumentEncoder
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.indexed import IndexedReader
 
@@ -77,7 +78,7 @@ def test_ids_are_those_of_one_document_at_a_time(
     found = documents(make(a=path) / "a")
     assert found == expected(tokenizer_folder, TEXTS)
     content = (tmp_path / "out" / "a.bin").read_bytes()
-    (tmp_path / "out.work" / "a.receipts.jsonl").unlink()
+    shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 2)
     assert (make(a=path) / "a.bin").read_bytes() == content
 
@@ -193,7 +194,7 @@ def content(out):
 
 
 def hugging_face_alone(monkeypatch):
-    monkeypatch.setattr(fast, "_fastokens", lambda path: (None, "not wanted"))
+    monkeypatch.setattr(fast, "_fastokens", lambda tokenizer: (None, "not wanted"))
 
 
 @pytest.mark.parametrize("cores", ["2", "3"])
@@ -226,14 +227,14 @@ def test_receipts_tell_of_each_file(make, tmp_path, tokenizer_folder):
     lines(a / "1.jsonl", ["one", "two"])
     lines(a / "2.jsonl", ["", "漢字"])
     out = make(a=a)
-    found = receipts(out)
-    assert found["tokenizer.json"] == tokenize.digest(
+    found = receipts(out)["sources"]["a"]
+    assert found["settings"]["tokenizer.json"] == tokenize.digest(
         tokenizer_folder / "tokenizer.json"
     )
-    first, second = found["sources"]["a"]
+    first, second = found["files"]
     assert first["file"] == "1.jsonl"
     assert first["digest"] == tokenize.digest(a / "1.jsonl")
-    assert (first["encoder"], first["checked"]) == ("fastokens", 2)
+    assert (first["encoder"], first["checked"]) == ("fastokens", 1)
     assert (second["documents"], second["bytes"]) == (2, 2 * second["tokens"])
     assert first["bytes"] + second["bytes"] == (out / "a.bin").stat().st_size
 
@@ -258,7 +259,7 @@ def test_one_wrong_document_leaves_its_whole_file_to_hugging_face(
     monkeypatch.setattr(fast.Encoder, "fastokens", wrong)
     assert content(make(a=a)) == right
     assert "2.jsonl: other ids" in capsys.readouterr().err
-    found = receipts(tmp_path / "out")["sources"]["a"]
+    found = receipts(tmp_path / "out")["sources"]["a"]["files"]
     encoders = [file["encoder"] for file in found]
     assert encoders == ["fastokens", "tokenizers", "fastokens"]
     assert "zwölf" in found[1]["because"]
@@ -270,7 +271,7 @@ def test_a_refused_tokenizer_is_encoded_all_the_same_and_said(
     hugging_face_alone(monkeypatch)
     out = make(a=lines(tmp_path / "a.jsonl", TEXTS))
     assert "fastokens refuses this tokenizer (not wanted)" in capsys.readouterr().err
-    assert receipts(out)["sources"]["a"][0]["because"] == "refused"
+    assert receipts(out)["sources"]["a"]["files"][0]["because"] == "refused"
 
 
 def test_a_run_goes_on_at_the_file_it_was_at(
@@ -285,19 +286,19 @@ def test_a_run_goes_on_at_the_file_it_was_at(
     shutil.rmtree(tmp_path / "out")
     shutil.rmtree(tmp_path / "out.work")
 
-    encode, encoded = fast.Encoder.encode, []
+    encode, encoded = DocumentEncoder.encode, []
 
-    def killed(encoder, texts, check, append_eod):
+    def killed(encoder, texts, check):
         encoded.extend(texts)
         if "3 one" in texts:
             raise KeyboardInterrupt
-        return encode(encoder, texts, check, append_eod)
+        return encode(encoder, texts, check)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fast.Encoder, "encode", killed)
+        patch.setattr(DocumentEncoder, "encode", killed)
         with pytest.raises(KeyboardInterrupt):
             make(a=a)
-        journal = tmp_path / "out.work" / "a.receipts.jsonl"
+        journal = tmp_path / "out" / "a.receipts.jsonl"
         journal.write_text(journal.read_text() + '{"torn')
         encoded.clear()
         with pytest.raises(KeyboardInterrupt):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +139,59 @@ def test_a_document_reruns_tokenize_on(project: Project):
     assert "data/corpus.jsonl changed" in project.reason("tokenize/corpus")
     done = project.build("sft")
     assert {"tokenize/corpus", "pretrain/base", "sft/instruct"} <= set(done)
+
+
+def test_of_several_files_only_one_that_is_new_or_changed_is_tokenized(
+    project: Project, tmp_path: Path
+):
+    rows = project.rows("data/corpus.jsonl")
+    os.remove(project.path / "data/corpus.jsonl")
+    for name in "123":
+        project.write_rows(f"data/corpus-{name}.jsonl", rows[int(name) :: 3])
+    project.edit("config/config.yaml", "data/corpus.jsonl", "data/corpus-*.jsonl")
+    project.edit("config/config.yaml", "    data: corpus\n", "    data: chat\n")
+    project.build("tokenize")
+
+    project.write_rows("data/corpus-2.jsonl", [*rows[2::3], "no row"])
+    project.snakemake("tokenize", check=False)
+    assert project.code and "corpus-2.jsonl:" in project.output
+    project.write_rows("data/corpus-2.jsonl", [*rows[2::3], rows[0]])
+    project.write_rows("data/corpus-0.jsonl", rows[:5])
+    assert project.build("tokenize") == {"tokenize/corpus": "built"}
+    assert said(project, "2 of 4 files as before")
+    assert_same_as_fresh(project, tmp_path)
+
+    project.commit()
+    project.sh("dvc", "push", "-q", "tokenize-corpus", "tokenizer-tiny")
+    path = tmp_path / "clone"
+    project.sh("git", "clone", "-q", str(project.path), str(path))
+    clone = Project(path)
+    clone.sh("dvc", "pull", "-q", "tokenize-corpus", "tokenizer-tiny")
+    clone.write_rows("data/corpus-9.jsonl", rows[:9])
+    assert clone.build("tokenize") == {"tokenize/corpus": "built"}
+    assert said(clone, "4 of 5 files as before")
+    assert_same_as_fresh(clone, path)
+
+
+def said(project: Project, what: str) -> bool:
+    return what in (project.path / "logs/tokenize/corpus.log").read_text()
+
+
+def assert_same_as_fresh(project: Project, tmp_path: Path) -> None:
+    """The published tokens are those of the script alone, from the start."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{}")
+    words = ["--tokenizer", "artifacts/tokenizer/tiny/model", "--recipe", str(recipe)]
+    for file in sorted(project.path.glob("data/corpus-*.jsonl")):
+        words += ["--data", f"corpus={file}"]
+    fresh = tmp_path / "fresh"
+    words += ["--out", str(fresh)]
+    project.sh(sys.executable, "-m", "scripts.data.tokenize", *words)
+    published = project.path / "artifacts/tokenize/corpus"
+    for name in ("corpus.bin", "corpus.idx", "blend.json"):
+        assert (published / "data" / name).read_bytes() == (fresh / name).read_bytes()
+    receipts = (published / "receipts.json").read_text()
+    assert receipts == (fresh / "receipts.json").read_text()
 
 
 def test_equal_bytes_stop_the_run_and_queue_no_training(project: Project):
