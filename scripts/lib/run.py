@@ -49,7 +49,6 @@ from scripts.lib.stages import STAGES
 from scripts.lib.store import (
     GRAPH,
     IN_RUN,
-    LOCK,
     REMOTE,
     STATE,
     Record,
@@ -60,6 +59,7 @@ from scripts.lib.store import (
     load_yaml,
     read_lock,
     try_lock,
+    write_lock,
 )
 
 if TYPE_CHECKING:
@@ -851,18 +851,6 @@ def links_to(cache: Path) -> list[str]:
 
     here = str((STATE / "link").absolute())
     return test_links(["reflink", "hardlink"], localfs, str(cache), localfs, here)
-
-
-def write_lock(repo: Repo, stage: PipelineStage) -> None:
-    """Record a stage in dvc.lock, by rename: DVC itself would write it in place."""
-    from dvc.dvcfile import Lockfile
-
-    new = Path(repo.tmp_dir, LOCK.name)
-    new.unlink(missing_ok=True)
-    if LOCK.exists():
-        shutil.copy(LOCK, new)
-    Lockfile(repo, str(new)).dump(stage)
-    new.replace(LOCK)
 
 
 def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> None:

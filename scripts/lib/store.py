@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ruamel import yaml as ruamel
 
@@ -36,6 +37,10 @@ from scripts.lib.digest import Cache, Kept, Memory, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.identity import LOCKS, locks_of
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
 
 STATE = Path("state")
 RUN_LOCK = STATE / "run.lock"
@@ -612,8 +617,49 @@ def _holder(lock: IO[str]) -> str:
 
 def _commit_plan() -> None:
     """Have DVC record the plan stage, whose output was just written."""
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
-    with Repo(_wait_for_lock=True) as repo:
-        repo.commit("plan", force=True)
+    with Repo(_wait_for_lock=True) as repo, lock_repo(repo):
+        (stage,) = repo.stage.collect("plan")
+        stage.save()
+        stage.commit()
+        write_lock(repo, stage)
+
+
+EMPTY = "schema: '2.0'\nstages:\n"
+WHOLE = re.compile(EMPTY + r"(?:  .*\n)*")
+"""A dvc.lock that holds nothing but stages."""
+
+
+def write_lock(repo: Repo, stage: PipelineStage) -> None:
+    """Record a stage in dvc.lock, by rename: DVC itself would write it in place.
+
+    DVC would also read and write all of the file, seconds where there are many stages;
+    here the stage's own lines are replaced. A file of another form is left to DVC.
+    """
+    from dvc.dvcfile import Lockfile
+    from dvc.stage.serialize import to_lockfile
+    from dvc.utils.serialize import dumps_yaml
+
+    text = LOCK.read_text() if LOCK.exists() else EMPTY
+    lines = dumps_yaml({"stages": to_lockfile(stage)}).splitlines(keepends=True)[1:]
+    if new := replaced(text, lines):
+        write_atomic(LOCK, new)
+        return
+    whole = Path(repo.tmp_dir, LOCK.name)
+    whole.write_text(text)
+    Lockfile(repo, str(whole)).dump(stage)
+    whole.replace(LOCK)
+
+
+def replaced(text: str, entry: list[str]) -> str:
+    """dvc.lock with one stage's lines, those it had replaced; nothing if it cannot be."""
+    if not (WHOLE.fullmatch(text) and WHOLE.fullmatch(EMPTY + "".join(entry))):
+        return ""
+    start = text.find("\n" + entry[0])
+    if start < 0:
+        return text + "".join(entry)
+    after = re.compile(r"^  \S", re.MULTILINE).search(text, start + 1 + len(entry[0]))
+    end = after.start() if after else len(text)
+    return text[: start + 1] + "".join(entry) + text[end:]
