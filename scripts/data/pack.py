@@ -576,11 +576,19 @@ def write_rows(
     with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for columns in row_groups(chats, order, num_chats):
             arrays = [
-                pyarrow.ListArray.from_arrays(offsets, values)
+                pyarrow.ListArray.from_arrays(as_arrow(offsets), as_arrow(values))
                 for offsets, values in columns
             ]
             writer.write_table(pyarrow.table(arrays, schema=schema))
     temporary.replace(path)
+
+
+def as_arrow(values: Ints) -> Any:
+    """The same numbers for pyarrow, which imports pandas where it is given NumPy's."""
+    import pyarrow
+
+    content = pyarrow.py_buffer(np.ascontiguousarray(values, np.int32))
+    return pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, content])
 
 
 def row_groups(
