@@ -496,9 +496,6 @@ class _Builder:
             name, settings
         )
         engine = self.engine_of(stage)
-        if engine != "nvidia" and not STAGES[stage].script:
-            hint = "engine: nvidia trains it by NeMo-RL"
-            raise self.error((stage, name), f"engine {engine} has no {stage}", hint)
         self.check_engine(stage, name, engine, settings)
         recipe = self.recipe(stage, settings) | parts.get("recipe", {})
         if "sources" in parts:
@@ -546,6 +543,9 @@ class _Builder:
                 raise self.error((*key, setting), *self.belongs(stage))
             if getattr(settings, "algorithm", "grpo") != "grpo":
                 raise self.error((*key, "algorithm"), *self.belongs(stage))
+            known = self.model_config(f"{stage}/{name}") if stage == "rm" else None
+            for setting, what, hint in parallel.of_rm(known[1]) if known else ():
+                raise self.error((*key, setting), what, hint)
             return
         from scripts.lib import bridge_options, rl_options
 
@@ -1006,8 +1006,6 @@ class _Builder:
                 what = "missing" if settings.from_ is None else "unknown key"
                 hint = "name an rm node: `reward_model: {from: helpful}`"
                 raise self.error((*key, "from"), what, hint)
-            if settings.from_ and self.engine_of("grpo") != "nvidia":
-                raise self.error(key, *self.belongs("grpo"))
             files = parts.setdefault("files", [])
             if own is None:
                 module = BUILT_IN[kind].partition(":")[0]

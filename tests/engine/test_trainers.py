@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from scripts.eval import interval
 from tests.engine.conftest import Stage, write
 
 STEPS, SAVE_STEPS = 12, 3
@@ -28,6 +30,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 1.0e-2,
         "beta": 0.01,
     },
+    "dpo": TRAINING | {"batch_size": 8, "lr": 1.0e-3, "sft_weight": 0.1},
+    "rm": TRAINING | {"batch_size": 8, "lr": 1.0e-3},
 }
 STAGES = list(RECIPES)
 
@@ -40,16 +44,22 @@ class Trainer:
     inputs: Path
     folder: Path
     base: Path
+    definition: str = "model"
 
     def __call__(self, stage: str, name: str, **changes: Any) -> Stage:
         flags = {
             "pretrain": {
-                "--model": self.inputs / "model",
+                "--model": self.inputs / self.definition,
                 "--tokenizer": self.inputs / "tokenizer",
                 "--data": self.inputs / "blend",
             },
             "sft": {"--parent": self.base, "--packed": self.inputs / "packed"},
             "grpo": {"--parent": self.base, "--prompts": self.inputs / "prompts"},
+            "dpo": {"--parent": self.base, "--preferences": self.inputs / "pairs"},
+            "rm": {
+                "--parent": self.base.with_name("transformer"),
+                "--preferences": self.inputs / "pairs",
+            },
         }[stage]
         recipe = write(self.folder / f"{name}.yaml", RECIPES[stage] | changes)
         argv = ["--recipe", str(recipe), "--out", str(self.out(name))]
@@ -82,9 +92,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def base(
     start: Callable[..., Stage], inputs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
+    """A hybrid that has begun to learn; beside it a transformer."""
     folder = tmp_path_factory.mktemp("base")
     trainer = Trainer(start, inputs, folder, folder)
     trainer.finished("pretrain", "base")
+    trainer.definition = "transformer"
+    trainer.finished("pretrain", "transformer", steps=40)
     return trainer.out("base")
 
 
@@ -173,6 +186,73 @@ def test_a_stop_file_saves_the_step_and_exits_75(
     (work / "stop").unlink()
     assert trainer.finished(stage, "run") == whole(stage)
     assert not (work / "stopped").exists()
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_what_learns_from_pairs_tells_apart_answers_it_has_not_seen(
+    stage: str, trainer: Trainer, inputs: Path
+) -> None:
+    learning = {"steps": 240, "batch_size": 48, "lr": 3.0e-3, "log_steps": 60}
+    if stage == "dpo":
+        learning |= {"steps": 120, "beta": 0.1, "sft_weight": 0.0}
+    lines = trainer.finished(stage, "run", **learning)["metrics.jsonl"].splitlines()
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    assert last["loss"] < first["loss"]
+    assert last["reward_chosen"] > last["reward_rejected"]
+    held = (inputs / "pairs" / "validation.jsonl").read_text().splitlines()
+    right = last["validation_accuracy"] * len(held)
+    assert right == pytest.approx(round(right), abs=1e-3), "a share of the pairs"
+    low, high = interval(round(right), len(held), 0.95)
+    print(f"{stage}: {right:.0f} of {len(held)} pairs, {low:.3f} to {high:.3f}")
+    assert low > 0.55
+
+
+def test_dpo_renders_pairs_as_sft_does(trainer: Trainer, inputs: Path) -> None:
+    """At the first step the policy is its parent, which gives the loss by hand."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from scripts.transformers.common import repeated
+    from scripts.transformers.pairs import read
+
+    pairs = read(inputs / "pairs" / "train.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(trainer.base)
+    model = AutoModelForCausalLM.from_pretrained(trainer.base)
+    total, count = 0.0, 0
+    for i in repeated(len(pairs), 4, RECIPES["dpo"]["seed"]):
+        asked, answer = pairs[i]["prompt"][0], pairs[i]["chosen"][0]
+        before = f"<|user|>{asked['content']}<|assistant|>"
+        text = f"{before}{answer['content']}{tokenizer.eos_token}"
+        ids, start = tokenizer(text)["input_ids"], len(tokenizer(before)["input_ids"])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+        total += torch.nn.functional.cross_entropy(
+            logits, torch.tensor(ids[start:]), reduction="sum"
+        ).item()
+        count += len(ids) - start
+    changes = {"steps": 1, "batch_size": 4, "warmup_steps": 0, "sft_weight": 1.0}
+    loss = json.loads(trainer.finished("dpo", "run", **changes)["metrics.jsonl"])
+    assert loss["loss"] == pytest.approx(math.log(2) + total / count, rel=1e-4)
+
+
+def test_a_reward_model_is_read_as_it_was_trained(
+    trainer: Trainer, inputs: Path
+) -> None:
+    from scripts.environments.reward_model import RewardModel
+    from scripts.transformers.pairs import read
+
+    learning = {"steps": 40, "batch_size": 48, "lr": 3.0e-3}
+    metrics = trainer.finished("rm", "run", **learning)["metrics.jsonl"]
+    told = json.loads(metrics.splitlines()[-1])["validation_accuracy"]
+    held = read(inputs / "pairs" / "validation.jsonl")
+    judge = RewardModel(str(trainer.out("run")))
+    chosen, rejected = (
+        judge.steps([p["prompt"] + p[side] for p in held], [{}] * len(held))
+        for side in ("chosen", "rejected")
+    )
+    better = [a > b for a, b in zip(chosen, rejected, strict=True)]
+    # in bfloat16, where near ones may be equal
+    assert sum(better) / len(held) == pytest.approx(told, abs=0.03)
 
 
 def test_a_half_written_newest_save_is_skipped(

@@ -279,13 +279,14 @@ WITHOUT_GPU = {"placement": {"pretrain": None, "sft": None, "grpo": None, "eval"
 WITHOUT_GPU["placement"] |= {"export": None, "dpo": None, "rm": None}
 
 
-@pytest.mark.parametrize("stage", ["dpo", "rm"])
-def test_what_transformers_has_no_script_for_is_refused_with_the_way_out(stage: str):
-    name = {"dpo": "polite", "rm": "helpful"}[stage]
-    other = {"dpo": "rm", "rm": "dpo"}[stage]
-    said = refused({"engine": "transformers", other: None}, WITHOUT_GPU)
-    assert f"{stage}.{name}: engine transformers has no {stage}" in said
-    assert "hint: engine: nvidia trains it by NeMo-RL" in said
+@pytest.mark.parametrize("id", ["dpo/polite", "rm/helpful"])
+def test_on_transformers_pairs_are_learned_by_trl_from_the_same_inputs(id: str):
+    node = built({"engine": "transformers"}, WITHOUT_GPU).nodes[id]
+    assert node.script == f"scripts.transformers.{node.stage}"
+    assert node.flags == built().nodes[id].flags
+    assert {"trl", "transformers", "torch"} <= set(node.packages)
+    assert "scripts/transformers/pairs.py" in node.code
+    assert not any(name.startswith("scripts/nvidia/") for name in node.code)
 
 
 @pytest.mark.parametrize(
@@ -312,11 +313,13 @@ def test_on_transformers_placement_of_nemo_rl_is_refused(key: str):
     assert f"placement.grpo.default.{key}: belongs to engine: nvidia" in said
 
 
-def test_a_reward_model_rewards_on_nvidia_alone():
-    mixed = {"engine": {"default": "nvidia", "grpo": "transformers"}}
+def test_a_reward_model_rewards_on_either_engine():
     reward = rewards(reward_model={"from": "helpful"})
-    said = refused(mixed, {"placement": {"grpo": None}}, reward)
-    assert "environment.reward_model: belongs to engine: nvidia" in said
+    nodes = built({"engine": "transformers"}, WITHOUT_GPU, reward).nodes
+    node = nodes["grpo/reasoner"]
+    assert node.engine == "transformers" and "rm/helpful" in node.parents
+    assert node.flags == built(reward).nodes["grpo/reasoner"].flags
+    assert "scripts/environments/reward_model.py" in node.code
 
 
 def test_one_stage_may_be_on_another_engine():
@@ -328,8 +331,11 @@ def test_one_stage_may_be_on_another_engine():
 
 
 @pytest.mark.parametrize("model", ["tiny", "hybrid4b_small", "nano3_small"])
-def test_a_reward_model_of_mamba_layers_is_refused(model: str):
-    said = refused(pretrained(model))
+@pytest.mark.parametrize("engine", ["nvidia", "transformers"])
+def test_a_reward_model_of_mamba_layers_is_refused(model: str, engine: str):
+    on = {"engine": {"default": "nvidia", "rm": engine}}
+    on |= {"placement": {"rm": None}} if engine == "transformers" else {}
+    said = refused(pretrained(model), on)
     assert (
         "rm.helpful.from: Transformers has no classifier of nemotron_h models" in said
     )
