@@ -1098,7 +1098,7 @@ class _Builder:
             for model in self.sections[stage][eval_name].from_:
                 above = self.ref(key, model, MODELS)
                 while True:
-                    shown.append(above)
+                    shown += [above, *self.rewards.get(above, [])]
                     if above not in self.parent:
                         break
                     above = self.parent[above]

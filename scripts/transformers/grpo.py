@@ -1,11 +1,12 @@
 """Train a causal LM on checked answers (TRL's GRPOTrainer; CPU or one GPU).
 
 Reads   --parent   Hugging Face folder with a chat template
+        --reward-model  folder of a reward model, where that is an environment
         --prompts  folder with train.jsonl: input, output
         --recipe   YAML of one `grpo:` node
-Writes  --out      Hugging Face folder; metrics.jsonl: step, reward (share of right
-                   answers), reward_std, loss, lr, grad_norm, completion_tokens,
-                   entropy (nats/token), kl (nats/token, where beta > 0)
+Writes  --out      Hugging Face folder; metrics.jsonl: step, reward, reward_std, loss, lr,
+                   grad_norm, reward_<environment>, completion_tokens, entropy
+                   (nats/token), kl (nats/token, where beta > 0)
 Raises  RecipeError, DataError before training; LossNotFinite with its step
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
 Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
@@ -20,6 +21,7 @@ import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from scripts.environments.mix import Mix
@@ -30,19 +32,40 @@ from scripts.transformers import common
 
 
 def rewards_of(environments: Mix) -> Callable[..., list[float]]:
-    """The environments' rewards as TRL asks for them."""
+    """The environments' rewards as TRL asks for them; each one's mean is logged."""
+    told: set[str] = set()
 
     def reward(
-        prompts: list[Any], completions: list[Any], output: list[str], **_: Any
+        prompts: list[Any],
+        completions: list[Any],
+        output: list[str],
+        log_metric: Callable[[str, float], None],
+        **_: Any,
     ) -> list[float]:
         rows = [
             {"input": prompt[-1]["content"], "output": answer}
             for prompt, answer in zip(prompts, output, strict=True)
         ]
         conversations = [p + c for p, c in zip(prompts, completions, strict=True)]
-        return [turn.reward for turn, _ in environments.steps(conversations, rows)]
+        found = environments.steps(conversations, rows)
+        for name, faults in environments.faults.items():
+            log_metric(f"reward_{name}", fmean(rewards[name] for _, rewards in found))
+            if faults.count and name not in told:
+                told.add(name)
+                print(f"environment {name}: {faults.first}; such a reward is 0")
+        return [turn.reward for turn, _ in found]
 
     return reward
+
+
+def environments_of(recipe: GrpoRecipe, reward_model: Path | None) -> Mix:
+    """A recipe's environments; the reward model is read from its folder."""
+    settings = recipe.environments()
+    if "reward_model" in settings and "import" not in settings["reward_model"]:
+        if reward_model is None:
+            raise RecipeError("--reward-model", "missing", "give an rm node's folder")
+        settings["reward_model"]["folder"] = str(reward_model)
+    return Mix(settings)
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = common.parser(__doc__)
     flags.add_argument("--parent", type=Path, required=True, help="model folder")
     flags.add_argument("--prompts", type=Path, required=True, help="prompts folder")
+    flags.add_argument("--reward-model", type=Path, help="of the environment so named")
     args = cli.parse(flags, argv)
     recipe = cli.load_recipe(args.recipe, GrpoRecipe)
     if recipe.batch_size % recipe.num_generations:
@@ -90,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=rewards_of(Mix(recipe.environments())),
+        reward_funcs=rewards_of(environments_of(recipe, args.reward_model)),
         args=GRPOConfig(
             **common.settings(recipe, args),
             num_generations=recipe.num_generations,
@@ -111,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     common.align(model, tokenizer)
     common.save_model(model, args.parent, args.out)
     if common.is_writer():
+        each = [f"reward_{name}" for name in recipe.environment]
         outputs.write_metrics(
             args.out / "metrics.jsonl",
             trainer.state.log_history,
@@ -121,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
                 "loss": "loss",
                 "learning_rate": "lr",
                 "grad_norm": "grad_norm",
+                **{name: name for name in each},
                 "completions/mean_length": "completion_tokens",
                 "entropy": "entropy",
                 "kl": "kl",

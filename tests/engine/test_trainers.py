@@ -61,6 +61,7 @@ class Trainer:
                 "--preferences": self.inputs / "pairs",
             },
         }[stage]
+        flags |= {key: changes.pop(key) for key in [*changes] if key.startswith("--")}
         recipe = write(self.folder / f"{name}.yaml", RECIPES[stage] | changes)
         argv = ["--recipe", str(recipe), "--out", str(self.out(name))]
         argv += ["--work", str(self.work(name)), "--save-steps", str(SAVE_STEPS)]
@@ -253,6 +254,21 @@ def test_a_reward_model_is_read_as_it_was_trained(
     better = [a > b for a, b in zip(chosen, rejected, strict=True)]
     # in bfloat16, where near ones may be equal
     assert sum(better) / len(held) == pytest.approx(told, abs=0.03)
+
+
+def test_a_reward_model_and_others_reward_at_once(trainer: Trainer) -> None:
+    trainer.finished("rm", "judge", steps=10, batch_size=16)
+    environment = {"reward_model": {"weight": 0.5}, "math": {"weight": 2.0}}
+    metrics = trainer.finished(
+        "grpo",
+        "run",
+        environment=environment,
+        **{"--reward-model": trainer.out("judge")},
+    )["metrics.jsonl"]
+    for line in map(json.loads, metrics.splitlines()):
+        parts = 0.5 * line["reward_reward_model"] + 2.0 * line["reward_math"]
+        assert line["reward"] == pytest.approx(parts, rel=1e-4)
+        assert line["reward_reward_model"] != 0.0
 
 
 def test_a_half_written_newest_save_is_skipped(

@@ -320,6 +320,7 @@ def test_a_reward_model_rewards_on_either_engine():
     assert node.engine == "transformers" and "rm/helpful" in node.parents
     assert node.flags == built(reward).nodes["grpo/reasoner"].flags
     assert "scripts/environments/reward_model.py" in node.code
+    assert "rm/helpful" in nodes["report/main"].parents
 
 
 def test_one_stage_may_be_on_another_engine():
