@@ -49,7 +49,7 @@ DATA_OF = {"sft": "pack", "dpo": "preferences", "rm": "preferences", "grpo": "pr
 HUB = "hf:"
 """Before the name and the revision of a parent that is on the hub, for --parent."""
 
-OF_NVIDIA = {"peft", "max_turns", "max_conversation_tokens"}
+OF_NVIDIA = {"max_turns", "max_conversation_tokens"}
 OF_NVIDIA |= MegatronRecipe.__annotations__.keys()
 """Settings that only that engine knows."""
 
@@ -543,9 +543,15 @@ class _Builder:
                 raise self.error((*key, setting), *self.belongs(stage))
             if getattr(settings, "algorithm", "grpo") != "grpo":
                 raise self.error((*key, "algorithm"), *self.belongs(stage))
-            known = self.model_config(f"{stage}/{name}") if stage == "rm" else None
-            for setting, what, hint in parallel.of_rm(known[1]) if known else ():
-                raise self.error((*key, setting), what, hint)
+            known = self.model_config(f"{stage}/{name}") if stage in DATA_OF else None
+            if known and stage == "rm":
+                for setting, what, hint in parallel.of_rm(known[1]):
+                    raise self.error((*key, setting), what, hint)
+            if peft := getattr(settings, "peft", None):
+                for what, hint in parallel.of_peft(
+                    peft.target_modules or [], known[1] if known else {}
+                ):
+                    raise self.error((*key, "peft", "target_modules"), what, hint)
             return
         from scripts.lib import bridge_options, rl_options
 

@@ -134,6 +134,18 @@ def of_rm(model: dict[str, Any]) -> Iterator[Problem]:
         yield "from", what, "start from a transformer: Llama, Qwen"
 
 
+def of_peft(
+    target_modules: list[str], model: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """What PEFT cannot adapt: what is wrong, what to do."""
+    for name in target_modules:
+        if name.startswith("linear_"):
+            yield f"{name} is Megatron's name", "Transformers' are q_proj, up_proj, ..."
+        if name in ("out_proj", "conv1d") and is_hybrid(model):
+            what = f"{name} of Mamba is fused into a kernel, which passes an adapter by"
+            yield what, "leave it out"
+
+
 def _of_generation(
     placed: Placement, model: dict[str, Any] | None
 ) -> Iterator[Problem]:

@@ -244,7 +244,9 @@ class Peft(Strict):
     dropout: Fraction = Field(0.0, description="Share of its inputs dropped.")
     target_modules: Names | None = Field(
         None,
-        description="Megatron's linear layers. Default: those of attention and MLP.",
+        description="Linear layers as the engine names them: `q_proj`, or Megatron's "
+        "`linear_qkv`. Default: those of attention and MLP, and Mamba's `in_proj` "
+        "(not with DoRA on nvidia).",
     )
 
 
@@ -274,8 +276,7 @@ class SftRecipe(MegatronRecipe):
 
     peft: Peft | None = Field(
         None,
-        description="nvidia: train a low-rank adapter; published as adapter and merged "
-        "model.",
+        description="Train a low-rank adapter; published as adapter and merged model.",
     )
     parent: Released | None = Field(None, exclude=True)
 

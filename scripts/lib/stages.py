@@ -138,7 +138,7 @@ STAGES: dict[str, Stage] = {
             "model",
             schema.Sft,
             schema.SftRecipe,
-            (*_TRAIN, "trl", "datasets"),
+            (*_TRAIN, "trl", "peft", "datasets"),
             trains=True,
             launcher="torchrun",
             nvidia="scripts.nvidia.sft",

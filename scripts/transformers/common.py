@@ -224,7 +224,8 @@ def train(
         ) -> Any:
             # The Trainer loads saves without the renaming of keys that some models
             # (NemotronH) need, and would go on from other weights with a warning.
-            if save is not None:
+            # An adapter's names are the same in saves.
+            if save is not None and not (save / "adapter_config.json").exists():
                 saved = type(trainer.model).from_pretrained(save, dtype="auto")
                 trainer.model.load_state_dict(saved.state_dict(), strict=True)
 

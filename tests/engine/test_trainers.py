@@ -86,7 +86,8 @@ class Trainer:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="session")
@@ -335,6 +336,64 @@ def test_sft_counts_exactly_the_tokens_the_mask_names_each_chat_alone(
         assert 0 < (labels != -100).sum() < len(ids) - 2
     metrics = trainer.finished("sft", "run", steps=1)["metrics.jsonl"]
     assert json.loads(metrics)["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.fixture(scope="session")
+def learned(
+    start: Callable[..., Stage], inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A hybrid that has learned enough for its layers to be worth adapting."""
+    folder = tmp_path_factory.mktemp("learned")
+    trainer = Trainer(start, inputs, folder, folder)
+    more = {"steps": 60, "batch_size": 16, "sequence_length": 64, "lr": 5.0e-3}
+    trainer.finished("pretrain", "learned", **more)
+    return trainer.out("learned")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_learns_and_answers_as_the_merged_model(
+    method: str, trainer: Trainer, learned: Path
+) -> None:
+    from safetensors import safe_open
+
+    from scripts.transformers.adapter import compare
+
+    peft = {"method": method, "rank": 8, "dropout": 0.1}
+    changes = {"peft": peft, "steps": 48, "log_steps": 12, "lr": 5.0e-3}
+    trainer.base = learned
+    killed = trainer("sft", "run", **changes)
+    killed.signal_when(trainer.marker("run", 9), signal.SIGKILL)
+    found = trainer.finished("sft", "run", **changes)
+    first, *_, last = map(json.loads, found["metrics.jsonl"].splitlines())
+    print(f"{method}: loss {first['loss']:.2f} to {last['loss']:.2f}")
+    assert last["loss"] < first["loss"] - 0.3
+    assert found == trainer.finished("sft", "at once", **changes), "killed or not"
+    parity = compare(learned, trainer.out("run"))
+    assert parity["largest_logit_difference"] <= parity["tolerance"] < 0.01
+    assert parity == json.loads(found["parity.json"])
+    config = json.loads(found["adapter/adapter_config.json"])
+    assert config["base_model_name_or_path"] == "" and config["r"] == 8
+    file = trainer.out("run") / "adapter" / "adapter_model.safetensors"
+    with safe_open(file, "numpy") as tensors:
+        names = set(tensors.keys())
+    assert any("in_proj.lora_A" in name for name in names)
+    magnitudes = [name for name in names if "magnitude" in name]
+    assert bool(magnitudes) == (method == "dora")
+    assert not any("out_proj" in name for name in names)
+
+
+def test_a_model_with_a_merged_adapter_is_trained_on(trainer: Trainer) -> None:
+    trainer.finished("sft", "adapted", peft={"method": "lora", "rank": 4})
+    trainer.base = trainer.out("adapted")
+    assert trainer.finished("sft", "run", steps=3)
+
+
+def test_an_adapter_of_no_layer_is_an_error(trainer: Trainer) -> None:
+    peft = {"method": "lora", "target_modules": ["q_prod"]}
+    run = trainer("sft", "run", peft=peft)
+    assert run.code() == 1
+    assert "peft.target_modules: no layer q_prod" in run.text()
+    assert "q_proj" in run.text()
 
 
 def test_a_tokenizer_larger_than_the_model_is_an_error(
