@@ -273,7 +273,7 @@ def render(title: str, nodes: list[Node], drawing: str) -> str:
         curves=curves,
         trained=[n for n in nodes if n.stage in TRAINED],
         samples=sample_tables(nodes),
-        settings={node.id: list(_flat(_whole(node.recipe))) for node in nodes},
+        settings={node.id: list(_flat(_whole(node))) for node in nodes},
         times=times(nodes),
         versions=versions(nodes),
         commits=commits(nodes),
@@ -373,7 +373,9 @@ def curve(node: Node) -> dict[str, Any] | None:
             continue
         if key == "loss" and node.stage in PAIRS:
             unit = "nats a pair"
-        if key == "reward" and [*node.recipe.get("environment", ["math"])] != ["math"]:
+        others = [*node.recipe.get("environment", ["math"])] != ["math"]
+        shaped = node.recipe.get("algorithm") == "dapo"
+        if key == "reward" and (others or shaped):
             unit = "mean of the completions"
         steps, values = zip(*points, strict=True)
         best = max(points, key=lambda p: p[1]) if key == "reward" else None
@@ -559,11 +561,15 @@ def _setting(value: object) -> str:
     return "nothing set" if value == {} else json.dumps(value, ensure_ascii=False)
 
 
-def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
+def _whole(node: Node) -> dict[str, Any]:
     """A recipe with what its algorithm stands for, where its overrides say no other."""
+    recipe = node.recipe
     if recipe.get("algorithm") != "dapo":
         return recipe
-    meant = dapo.settings(recipe["max_completion_tokens"])
+    if "trl" in ((node.provenance or {}).get("packages") or {}):
+        return recipe | {"trl": dapo.trl()}
+    dynamic = recipe.get("dynamic_sampling", True)
+    meant = dapo.settings(recipe["max_completion_tokens"], dynamic)
     return recipe | {"overrides": meant | recipe.get("overrides", {})}
 
 

@@ -541,8 +541,14 @@ class _Builder:
         if engine != "nvidia":
             for setting in given:
                 raise self.error((*key, setting), *self.belongs(stage))
-            if getattr(settings, "algorithm", "grpo") != "grpo":
-                raise self.error((*key, "algorithm"), *self.belongs(stage))
+            if getattr(settings, "algorithm", "grpo") == "dapo" and (
+                settings.dynamic_sampling is not False
+            ):
+                raise self.error(
+                    (*key, "dynamic_sampling"),
+                    "TRL has no dynamic sampling, which is a part of dapo",
+                    "dynamic_sampling: false trains by the rest of it; or engine: nvidia",
+                )
             known = self.model_config(f"{stage}/{name}") if stage in DATA_OF else None
             if known and stage == "rm":
                 for setting, what, hint in parallel.of_rm(known[1]):
@@ -976,6 +982,9 @@ class _Builder:
         key = ("grpo", name)
         parts = self.post_training("grpo", name, node)
         prompts = parts["parents"][-1]
+        if node.dynamic_sampling is not None and node.algorithm != "dapo":
+            what = f"belongs to algorithm: dapo, and this is {node.algorithm}"
+            raise self.error((*key, "dynamic_sampling"), what, "remove it")
         if node.batch_size % node.num_generations:
             raise self.error(
                 (*key, "batch_size"),

@@ -329,6 +329,11 @@ class GrpoRecipe(RlRecipe):
         description="`dapo`: dynamic sampling, asymmetric clipping, overlong shaping, "
         "token-level loss.",
     )
+    dynamic_sampling: bool | None = Field(
+        None,
+        description="dapo: draw prompts anew until their answers differ in worth. "
+        "Default: true. TRL has none: engine transformers wants `false`.",
+    )
     environment: Annotated[
         dict[NodeName, EnvironmentRecipe],
         BeforeValidator(_environment),

@@ -5,8 +5,9 @@ Reads   --parent   Hugging Face folder with a chat template
         --prompts  folder with train.jsonl: input, output
         --recipe   YAML of one `grpo:` node
 Writes  --out      Hugging Face folder; metrics.jsonl: step, reward, reward_std, loss, lr,
-                   grad_norm, reward_<environment>, completion_tokens, entropy
-                   (nats/token), kl (nats/token, where beta > 0)
+                   grad_norm, reward_<environment>, overlong_penalty (of dapo, before its
+                   weight), completion_tokens, entropy (nats/token), kl (nats/token,
+                   where beta > 0)
 Raises  RecipeError, DataError before training; LossNotFinite with its step
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
 Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
@@ -25,10 +26,13 @@ from statistics import fmean
 from typing import Any
 
 from scripts.environments.mix import Mix
-from scripts.lib import cli, outputs
+from scripts.lib import cli, dapo, outputs
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import GrpoRecipe
 from scripts.transformers import common
+
+PENALTY = "soft_overlong_punishment_reward"
+"""DAPO's penalty as TRL calls it."""
 
 
 def rewards_of(environments: Mix) -> Callable[..., list[float]]:
@@ -100,10 +104,17 @@ def main(argv: list[str] | None = None) -> int:
             f"{recipe.batch_size} is no multiple of num_generations, "
             f"{recipe.num_generations}",
         )
+    if recipe.algorithm == "dapo" and recipe.dynamic_sampling is not False:
+        raise RecipeError(
+            f"{args.recipe} dynamic_sampling",
+            "TRL has no dynamic sampling, which is a part of dapo",
+            "dynamic_sampling: false trains by the rest of it",
+        )
     prompts = read_prompts(args.prompts / "train.jsonl")
     common.prepare(recipe)
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+    from trl.rewards import get_soft_overlong_punishment
 
     model, tokenizer = common.load_parent(args.parent)
     if not tokenizer.chat_template:
@@ -112,9 +123,14 @@ def main(argv: list[str] | None = None) -> int:
     common.align(model, tokenizer)
     num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
+    rewards = [rewards_of(environments_of(recipe, args.reward_model))]
+    if recipe.algorithm == "dapo":
+        longest = recipe.max_completion_tokens
+        penalty = get_soft_overlong_punishment(longest, dapo.soft_tokens(longest))
+        rewards.append(penalty)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=rewards_of(environments_of(recipe, args.reward_model)),
+        reward_funcs=rewards,
         args=GRPOConfig(
             **common.settings(recipe, args),
             num_generations=recipe.num_generations,
@@ -126,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             num_iterations=1,
             steps_per_generation=1,
             shuffle_dataset=False,
+            **(dapo.trl() if recipe.algorithm == "dapo" else {}),
         ),
         train_dataset=Dataset.from_list([prompts[i] for i in order]),
         processing_class=tokenizer,
@@ -147,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
                 "learning_rate": "lr",
                 "grad_norm": "grad_norm",
                 **{name: name for name in each},
+                f"rewards/{PENALTY}/mean": "overlong_penalty",
                 "completions/mean_length": "completion_tokens",
                 "entropy": "entropy",
                 "kl": "kl",

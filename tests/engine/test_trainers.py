@@ -272,6 +272,66 @@ def test_a_reward_model_and_others_reward_at_once(trainer: Trainer) -> None:
         assert line["reward_reward_model"] != 0.0
 
 
+def answers(model: Path, heldout: Path) -> list[str]:
+    """A model's greedy answers to questions that no training showed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    lines = heldout.read_text().splitlines()
+    chats = [[{"role": "user", "content": json.loads(line)["input"]}] for line in lines]
+    batch = tokenizer.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    found = AutoModelForCausalLM.from_pretrained(model).generate(
+        **batch, max_new_tokens=5, do_sample=False
+    )
+    given = found[:, batch["input_ids"].shape[1] :]
+    return list(tokenizer.batch_decode(given, skip_special_tokens=True))
+
+
+def test_dapo_earns_more_on_questions_it_has_not_seen(
+    trainer: Trainer, inputs: Path, learned: Path
+) -> None:
+    trainer.base = learned
+    recipe = {
+        "algorithm": "dapo",
+        "dynamic_sampling": False,
+        "environment": {"digits": {"import": "tests.engine.digits:Digits"}},
+        "steps": 30,
+        "batch_size": 32,
+        "num_generations": 8,
+        "max_completion_tokens": 6,
+        "beta": 0.0,
+    }
+    lines = trainer.finished("grpo", "run", **recipe)["metrics.jsonl"].splitlines()
+    first, *_, last = map(json.loads, lines)
+    for line in (first, last):
+        parts = line["reward_digits"] + 0.5 * line["overlong_penalty"]
+        assert line["reward"] == pytest.approx(parts, rel=1e-4)
+        assert -1.0 <= line["overlong_penalty"] <= 0.0
+    assert last["reward"] > first["reward"] + 0.2
+    shares = []
+    for model in (learned, trainer.out("run")):
+        found = answers(model, inputs / "heldout" / "rows.jsonl")
+        right = sum(map(str.isdecimal, found))
+        shares.append(interval(right, len(found), 0.95))
+        low, high = shares[-1]
+        print(f"digits alone: {right} of {len(found)}, {low:.2f} to {high:.2f}")
+    assert shares[1][0] > shares[0][1]
+
+
+def test_dapo_without_its_name_for_what_trl_lacks_is_an_error(
+    trainer: Trainer,
+) -> None:
+    run = trainer("grpo", "run", algorithm="dapo")
+    assert run.code() == 1
+    assert "TRL has no dynamic sampling" in run.text()
+
+
 def test_a_half_written_newest_save_is_skipped(
     trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
 ) -> None:

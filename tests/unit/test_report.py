@@ -244,6 +244,17 @@ def test_each_reward_and_its_share_is_shown(tmp_path):
     assert "brief 0.5 -0.2 0.4 25.0%" in page.words
 
 
+@pytest.mark.parametrize("engine", ["trl", "nemo-rl"])
+def test_what_dapo_means_is_shown_as_its_engine_calls_it(engine, tmp_path):
+    build = Build(tmp_path)
+    recipe = {"algorithm": "dapo", "max_completion_tokens": 10}
+    made = provenance("grpo/one", packages={engine: "1"})
+    build.node("grpo/one", recipe=recipe, **{"provenance.json": made})
+    words = Reader(build.page()).words
+    assert ("trl.epsilon_high0.28" in words) == (engine == "trl")
+    assert ("overrides.loss_fn.ratio_clip_max0.28" in words) == (engine != "trl")
+
+
 @pytest.mark.parametrize("stage", ["dpo", "rm"])
 def test_pairs_held_back_are_told_of(stage, tmp_path):
     build = Build(tmp_path)

@@ -292,7 +292,6 @@ def test_on_transformers_pairs_are_learned_by_trl_from_the_same_inputs(id: str):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"algorithm": "dapo"}, "grpo.reasoner.algorithm: belongs to engine: nvidia"),
         ({"max_turns": 2, "max_conversation_tokens": 90}, "grpo.reasoner.max_conversation_tokens: belongs to engine: nvidia"),
         ({"overrides": {"grpo.normalize_rewards": True}}, "grpo.reasoner.overrides: belongs to engine: nvidia"),
     ],
@@ -302,6 +301,23 @@ def test_on_transformers_what_only_nemo_rl_knows_is_refused(
 ):
     found = refused(ON_CPU, WITHOUT_GPU, grpo(**settings))
     assert said in found and "grpo runs on engine transformers here" in found
+
+
+@pytest.mark.parametrize("asked", [{}, {"dynamic_sampling": True}])
+def test_on_transformers_dapo_names_what_trl_lacks(asked: dict[str, bool]):
+    dapo = grpo(algorithm="dapo", **asked)
+    said = refused(ON_CPU, WITHOUT_GPU, dapo)
+    assert "grpo.reasoner.dynamic_sampling: TRL has no dynamic sampling" in said
+    rest = grpo(dynamic_sampling=False)
+    node = built(ON_CPU, WITHOUT_GPU, dapo, rest).nodes["grpo/reasoner"]
+    assert node.recipe["algorithm"] == "dapo"
+    assert node.recipe["dynamic_sampling"] is False
+    assert built(dapo).nodes["grpo/reasoner"].recipe.items() >= asked.items()
+
+
+def test_dynamic_sampling_is_dapos():
+    said = refused(grpo(dynamic_sampling=False))
+    assert "dynamic_sampling: belongs to algorithm: dapo, and this is grpo" in said
 
 
 @pytest.mark.parametrize("key", RL_PLACEMENT[:4])
