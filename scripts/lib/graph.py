@@ -49,8 +49,7 @@ DATA_OF = {"sft": "pack", "dpo": "preferences", "rm": "preferences", "grpo": "pr
 HUB = "hf:"
 """Before the name and the revision of a parent that is on the hub, for --parent."""
 
-OF_NVIDIA = {"max_turns", "max_conversation_tokens"}
-OF_NVIDIA |= MegatronRecipe.__annotations__.keys()
+OF_NVIDIA = {*MegatronRecipe.__annotations__}
 """Settings that only that engine knows."""
 
 OF_GENERATION = RL_PLACEMENT[:4]
@@ -541,23 +540,7 @@ class _Builder:
         if engine != "nvidia":
             for setting in given:
                 raise self.error((*key, setting), *self.belongs(stage))
-            if getattr(settings, "algorithm", "grpo") == "dapo" and (
-                settings.dynamic_sampling is not False
-            ):
-                raise self.error(
-                    (*key, "dynamic_sampling"),
-                    "TRL has no dynamic sampling, which is a part of dapo",
-                    "dynamic_sampling: false trains by the rest of it; or engine: nvidia",
-                )
-            known = self.model_config(f"{stage}/{name}") if stage in DATA_OF else None
-            if known and stage == "rm":
-                for setting, what, hint in parallel.of_rm(known[1]):
-                    raise self.error((*key, setting), what, hint)
-            if peft := getattr(settings, "peft", None):
-                for what, hint in parallel.of_peft(
-                    peft.target_modules or [], known[1] if known else {}
-                ):
-                    raise self.error((*key, "peft", "target_modules"), what, hint)
+            self.check_transformers(stage, name, settings)
             return
         from scripts.lib import bridge_options, rl_options
 
@@ -583,6 +566,31 @@ class _Builder:
         if known and (found := bridge_options.check_architecture(known[1])):
             at = "model" if stage == "pretrain" else "from"
             raise self.error((*key, at), *found)
+
+    def check_transformers(self, stage: str, name: str, settings: Any) -> None:
+        """What TRL, PEFT and Transformers lack."""
+        key = (stage, name)
+        dapo = getattr(settings, "algorithm", "grpo") == "dapo"
+        if dapo and settings.dynamic_sampling is not False:
+            raise self.error(
+                (*key, "dynamic_sampling"),
+                "TRL has no dynamic sampling, which is a part of dapo",
+                "dynamic_sampling: false trains by the rest of it; or engine: nvidia",
+            )
+        if dapo and (settings.max_turns or 1) > 1:
+            raise self.error(
+                (*key, "max_turns"),
+                "TRL's overlong penalty takes a conversation for one completion",
+                "algorithm: grpo; or engine: nvidia",
+            )
+        known = self.model_config(f"{stage}/{name}") if stage in DATA_OF else None
+        model = known[1] if known else {}
+        if stage == "rm":
+            for setting, what, hint in parallel.of_rm(model):
+                raise self.error((*key, setting), what, hint)
+        if peft := getattr(settings, "peft", None):
+            for what, hint in parallel.of_peft(peft.target_modules or [], model):
+                raise self.error((*key, "peft", "target_modules"), what, hint)
 
     def belongs(self, stage: str) -> tuple[str, str]:
         """What is said of a key that the engine of a stage does not know."""

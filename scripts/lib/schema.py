@@ -346,11 +346,11 @@ class GrpoRecipe(RlRecipe):
     )
     max_turns: Positive | None = Field(
         None,
-        description="nvidia: turns of the model in a conversation, at most. Default: 1.",
+        description="Turns of the model in a conversation, at most. Default: 1.",
     )
     max_conversation_tokens: Positive | None = Field(
         None,
-        description="nvidia: longest conversation; needed with several turns.",
+        description="Longest conversation; needed with several turns.",
     )
     num_generations: Annotated[int, Field(ge=2)] = Field(
         8, description="Completions a prompt; divides batch_size."

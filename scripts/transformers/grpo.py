@@ -5,7 +5,7 @@ Reads   --parent   Hugging Face folder with a chat template
         --prompts  folder with train.jsonl: input, output
         --recipe   YAML of one `grpo:` node
 Writes  --out      Hugging Face folder; metrics.jsonl: step, reward, reward_std, loss, lr,
-                   grad_norm, reward_<environment>, overlong_penalty (of dapo, before its
+                   grad_norm, reward_<environment>, turns (where there are several), overlong_penalty (of dapo, before its
                    weight), completion_tokens, entropy (nats/token), kl (nats/token,
                    where beta > 0)
 Raises  RecipeError, DataError before training; LossNotFinite with its step
@@ -30,13 +30,17 @@ from scripts.lib import cli, dapo, outputs
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import GrpoRecipe
 from scripts.transformers import common
+from scripts.transformers.turns import Conversation, Rollouts
 
 PENALTY = "soft_overlong_punishment_reward"
 """DAPO's penalty as TRL calls it."""
 
 
 def rewards_of(environments: Mix) -> Callable[..., list[float]]:
-    """The environments' rewards as TRL asks for them; each one's mean is logged."""
+    """The environments' rewards as TRL asks for them; each one's mean is logged.
+
+    Those of several turns have come in already, as the conversations were held.
+    """
     told: set[str] = set()
 
     def reward(
@@ -44,20 +48,26 @@ def rewards_of(environments: Mix) -> Callable[..., list[float]]:
         completions: list[Any],
         output: list[str],
         log_metric: Callable[[str, float], None],
+        talk: list[Conversation] | None = None,
         **_: Any,
     ) -> list[float]:
-        rows = [
-            {"input": prompt[-1]["content"], "output": answer}
-            for prompt, answer in zip(prompts, output, strict=True)
-        ]
-        conversations = [p + c for p, c in zip(prompts, completions, strict=True)]
-        found = environments.steps(conversations, rows)
+        if talk is None:
+            rows = [
+                {"input": prompt[-1]["content"], "output": answer}
+                for prompt, answer in zip(prompts, output, strict=True)
+            ]
+            conversations = [p + c for p, c in zip(prompts, completions, strict=True)]
+            steps = environments.steps(conversations, rows)
+            found = [(turn.reward, rewards) for turn, rewards in steps]
+        else:
+            found = [(one.reward, one.each) for one in talk]
+            log_metric("turns", fmean(one.turns for one in talk))
         for name, faults in environments.faults.items():
             log_metric(f"reward_{name}", fmean(rewards[name] for _, rewards in found))
             if faults.count and name not in told:
                 told.add(name)
                 print(f"environment {name}: {faults.first}; such a reward is 0")
-        return [turn.reward for turn, _ in found]
+        return [sum_ for sum_, _ in found]
 
     return reward
 
@@ -70,6 +80,33 @@ def environments_of(recipe: GrpoRecipe, reward_model: Path | None) -> Mix:
             raise RecipeError("--reward-model", "missing", "give an rm node's folder")
         settings["reward_model"]["folder"] = str(reward_model)
     return Mix(settings)
+
+
+def rollouts_of(
+    prompts: list[dict[str, Any]],
+    environments: Mix,
+    recipe: GrpoRecipe,
+    tokenizer: Any,
+) -> Rollouts:
+    """How conversations of several turns are held; each prompt gets its row's number.
+
+    TRL tells a rollout of its prompt's messages alone.
+    """
+    if recipe.max_conversation_tokens is None:
+        raise RecipeError("max_conversation_tokens", "missing, with several turns")
+    rows = []
+    for number, prompt in enumerate(prompts):
+        asked = prompt["prompt"][-1]
+        rows.append({"input": asked["content"], "output": prompt["output"]})
+        asked["row"] = number
+    return Rollouts(
+        environments,
+        rows,
+        tokenizer,
+        recipe.max_turns or 1,
+        recipe.max_conversation_tokens,
+        recipe.max_completion_tokens,
+    )
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -123,11 +160,15 @@ def main(argv: list[str] | None = None) -> int:
     common.align(model, tokenizer)
     num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
-    rewards = [rewards_of(environments_of(recipe, args.reward_model))]
+    environments = environments_of(recipe, args.reward_model)
+    rewards = [rewards_of(environments)]
     if recipe.algorithm == "dapo":
         longest = recipe.max_completion_tokens
         penalty = get_soft_overlong_punishment(longest, dapo.soft_tokens(longest))
         rewards.append(penalty)
+    rollouts = None
+    if (recipe.max_turns or 1) > 1:
+        rollouts = rollouts_of(prompts, environments, recipe, tokenizer)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=rewards,
@@ -146,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         train_dataset=Dataset.from_list([prompts[i] for i in order]),
         processing_class=tokenizer,
+        rollout_func=rollouts,
     )
     if not common.train(trainer, recipe, args, "reward"):
         return common.NOT_DONE
@@ -165,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
                 "grad_norm": "grad_norm",
                 **{name: name for name in each},
                 f"rewards/{PENALTY}/mean": "overlong_penalty",
+                "turns": "turns",
                 "completions/mean_length": "completion_tokens",
                 "entropy": "entropy",
                 "kl": "kl",

@@ -324,6 +324,113 @@ def test_dapo_earns_more_on_questions_it_has_not_seen(
     assert shares[1][0] > shares[0][1]
 
 
+def test_several_turns_are_learned_from_the_last_ones_reward(
+    trainer: Trainer, learned: Path
+) -> None:
+    trainer.base = learned
+    recipe = {
+        "environment": {"twice": {"import": "tests.engine.digits:Twice"}},
+        "max_turns": 3,
+        "max_conversation_tokens": 64,
+        "steps": 30,
+        "batch_size": 32,
+        "num_generations": 8,
+        "max_completion_tokens": 5,
+    }
+    killed = trainer("grpo", "run", **recipe)
+    killed.signal_when(trainer.marker("run", 9), signal.SIGKILL)
+    lines = trainer.finished("grpo", "run", **recipe)["metrics.jsonl"].splitlines()
+    first, *_, last = map(json.loads, lines)
+    assert first["turns"] == last["turns"] == 2
+    assert last["reward"] == last["reward_twice"] > first["reward"] + 0.2
+    print(f"reward {first['reward']:.2f} to {last['reward']:.2f}")
+    assert contents(trainer.out("run")) == trainer.finished("grpo", "whole", **recipe)
+
+
+def test_a_reply_is_written_by_the_template_and_masked(inputs: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from scripts.environments.mix import Mix
+    from scripts.transformers.turns import Rollouts
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    eos = tokenizer.eos_token_id
+
+    class Said:
+        """Stands for the model."""
+
+        def __init__(self) -> None:
+            self.asked: list[list[int]] = []
+
+        def _generate_single_turn(self, asked: list[list[int]], *_: Any) -> Any:
+            self.asked += asked
+            return [tokenizer("7")["input_ids"] + [eos] for _ in asked], None
+
+    def held(max_turns: int, max_tokens: int) -> tuple[Any, Said]:
+        mix = Mix({"twice": {"import": "tests.engine.digits:Twice", "weight": 2.0}})
+        rows = [{"input": "1 + 1", "output": "2"}, {"input": "3 + 3", "output": "6"}]
+        talk = Rollouts(mix, rows, tokenizer, max_turns, max_tokens, 5)
+        prompt = [{"role": "user", "content": "3 + 3", "row": 1}]
+        said = Said()
+        return talk([prompt], said), said
+
+    found, said = held(3, 64)
+    assert tokenizer.decode(said.asked[0]) == "<|user|>3 + 3<|assistant|>"
+    end = tokenizer.eos_token
+    whole = f"<|user|>3 + 3<|assistant|>7{end}<|user|>Not 6?<|assistant|>"
+    assert tokenizer.decode(said.asked[1]) == whole
+    assert said.asked[1] == tokenizer(whole)["input_ids"], "as one text"
+    ids, mask = found["completion_ids"][0], found["env_mask"][0]
+    own = tokenizer.decode([id for id, one in zip(ids, mask, strict=True) if one])
+    assert own == f"7{end}7{end}"
+    (talk,) = found["talk"]
+    assert (talk.turns, talk.reward, talk.each) == (2, 2.0, {"twice": 1.0})
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+    assert len(held(1, 64)[1].asked) == 1
+    assert len(held(3, 20)[1].asked) == 1, "no room for another answer"
+
+
+CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}'
+PUZZLE = "1 2 3\n4 5 6\n_ 7 8"
+SOLVED = "1 2 3\n4 5 6\n7 8 _"
+
+
+@pytest.mark.parametrize(
+    ("environment", "row", "says", "hears"),
+    [
+        ("tool_use", ("6 * 7", "42"), [CALL + "</tool_call>", "42"], "42"),
+        (
+            "sliding_puzzle",
+            (PUZZLE, SOLVED),
+            ["<action>left</action>", "<action>left</action>"],
+            "1 2 3\n4 5 6\n7 _ 8",
+        ),
+    ],
+)
+def test_tools_and_games_take_turns(
+    environment: str, row: tuple[str, str], says: list[str], hears: str, inputs: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    from scripts.environments.mix import Mix
+    from scripts.transformers.turns import Rollouts
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    answers = iter(says)
+
+    class Said:
+        """Stands for the model."""
+
+        def _generate_single_turn(self, asked: list[list[int]], *_: Any) -> Any:
+            return [tokenizer(next(answers) + tokenizer.eos_token)["input_ids"]], None
+
+    rows = [{"input": row[0], "output": row[1]}]
+    talk = Rollouts(Mix({environment: {}}), rows, tokenizer, 4, 2000, 200)
+    (held,) = talk([[{"role": "user", "content": row[0], "row": 0}]], Said())["talk"]
+    assert (held.turns, held.reward) == (2, 1.0)
+    assert hears in held.messages[2]["content"]
+
+
 def test_dapo_without_its_name_for_what_trl_lacks_is_an_error(
     trainer: Trainer,
 ) -> None:

@@ -292,7 +292,6 @@ def test_on_transformers_pairs_are_learned_by_trl_from_the_same_inputs(id: str):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"max_turns": 2, "max_conversation_tokens": 90}, "grpo.reasoner.max_conversation_tokens: belongs to engine: nvidia"),
         ({"overrides": {"grpo.normalize_rewards": True}}, "grpo.reasoner.overrides: belongs to engine: nvidia"),
     ],
 )  # fmt: skip
@@ -313,6 +312,18 @@ def test_on_transformers_dapo_names_what_trl_lacks(asked: dict[str, bool]):
     assert node.recipe["algorithm"] == "dapo"
     assert node.recipe["dynamic_sampling"] is False
     assert built(dapo).nodes["grpo/reasoner"].recipe.items() >= asked.items()
+
+
+def test_on_transformers_conversations_have_several_turns_but_not_with_dapo():
+    turns = grpo(max_turns=2, max_conversation_tokens=90)
+    node = built(ON_CPU, WITHOUT_GPU, turns).nodes["grpo/reasoner"]
+    assert node.recipe["max_turns"] == 2
+    assert "scripts/transformers/turns.py" in node.code
+    dapo = grpo(algorithm="dapo", dynamic_sampling=False)
+    said = refused(ON_CPU, WITHOUT_GPU, turns, dapo)
+    assert "grpo.reasoner.max_turns: TRL's overlong penalty takes" in said
+    said = refused(ON_CPU, WITHOUT_GPU, grpo(max_turns=2))
+    assert "grpo.reasoner.max_conversation_tokens: missing, with max_turns 2" in said
 
 
 def test_dynamic_sampling_is_dapos():
