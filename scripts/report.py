@@ -39,6 +39,7 @@ QUANTITIES = {
     "reward": ("Reward", "share of right answers"),
     "loss": ("Loss", "nats a token"),
 }
+PAIRS = ("dpo", "rm")
 TRAINED = ("pretrain", "sft", "dpo", "rm", "grpo")
 LONGEST_SAMPLE = 4000
 LONGEST_LABEL = 28
@@ -272,7 +273,7 @@ def render(title: str, nodes: list[Node], drawing: str) -> str:
         curves=curves,
         trained=[n for n in nodes if n.stage in TRAINED],
         samples=sample_tables(nodes),
-        settings={node.id: list(_flat(_whole(node.recipe))) for node in nodes},
+        settings={node.id: list(_flat(_whole(node))) for node in nodes},
         times=times(nodes),
         versions=versions(nodes),
         commits=commits(nodes),
@@ -370,7 +371,11 @@ def curve(node: Node) -> dict[str, Any] | None:
         )
         if not points:
             continue
-        if key == "reward" and [*node.recipe.get("environment", ["math"])] != ["math"]:
+        if key == "loss" and node.stage in PAIRS:
+            unit = "nats a pair"
+        others = [*node.recipe.get("environment", ["math"])] != ["math"]
+        shaped = node.recipe.get("algorithm") == "dapo"
+        if key == "reward" and (others or shaped):
             unit = "mean of the completions"
         steps, values = zip(*points, strict=True)
         best = max(points, key=lambda p: p[1]) if key == "reward" else None
@@ -380,6 +385,10 @@ def curve(node: Node) -> dict[str, Any] | None:
             f"{_significant(values[-1])} at {steps[-1]}, "
             f"best {_significant(best[1])} at {best[0]}"
         )
+        held = _number(node.metrics[-1].get("validation_accuracy"))
+        if held is not None:
+            said += f"; {_percent(held)} of the pairs held back told apart"
+        rewards = shares(node) if key == "reward" else []
         data = {
             "type": "scatter",
             "mode": "lines" if len(points) > 1 else "markers",
@@ -393,15 +402,54 @@ def curve(node: Node) -> dict[str, Any] | None:
             "xaxis": {"title": {"text": "step"}},
             "yaxis": {"title": {"text": unit}, "automargin": True},
         }
+        traces = [data]
+        if len(rewards) > 1:
+            layout |= {"showlegend": True, "legend": {"orientation": "h", "y": -0.3}}
+            traces = [{**data, "name": "sum, weighted"}]
+            traces += [
+                {**data, "x": r["steps"], "y": r["values"], "name": r["name"]}
+                for r in rewards
+            ]
         return {
             "node": node,
             "name": name,
             "unit": unit,
             "said": said,
             "label": f"{name} of {node.id}: {said}",
-            "plot": {"data": [data], "layout": layout},
+            "rewards": rewards,
+            "plot": {"data": traces, "layout": layout},
         }
     return None
+
+
+def shares(node: Node) -> list[dict[str, Any]]:
+    """What each environment of a node gave, before its weight, and its share at last.
+
+    A share is of the weighted rewards' sum, each taken without its sign.
+    """
+    found = []
+    for name, settings in node.recipe.get("environment", {}).items():
+        given = {
+            row.get("step"): _number(row.get(f"reward_{name}")) for row in node.metrics
+        }
+        values = {step: value for step, value in given.items() if value is not None}
+        if values:
+            weight = _number((settings or {}).get("weight", 1.0)) or 0.0
+            steps = sorted(values)
+            found.append(
+                {
+                    "name": name,
+                    "weight": weight,
+                    "steps": steps,
+                    "values": [values[step] for step in steps],
+                    "part": weight * values[steps[-1]],
+                }
+            )
+    total = sum(abs(reward["part"]) for reward in found)
+    return [
+        reward | {"share": _percent(abs(reward["part"]) / total) if total else "none"}
+        for reward in found
+    ]
 
 
 def sample_tables(nodes: list[Node]) -> list[dict[str, Any]]:
@@ -513,11 +561,15 @@ def _setting(value: object) -> str:
     return "nothing set" if value == {} else json.dumps(value, ensure_ascii=False)
 
 
-def _whole(recipe: dict[str, Any]) -> dict[str, Any]:
+def _whole(node: Node) -> dict[str, Any]:
     """A recipe with what its algorithm stands for, where its overrides say no other."""
+    recipe = node.recipe
     if recipe.get("algorithm") != "dapo":
         return recipe
-    meant = dapo.settings(recipe["max_completion_tokens"])
+    if "trl" in ((node.provenance or {}).get("packages") or {}):
+        return recipe | {"trl": dapo.trl()}
+    dynamic = recipe.get("dynamic_sampling", True)
+    meant = dapo.settings(recipe["max_completion_tokens"], dynamic)
     return recipe | {"overrides": meant | recipe.get("overrides", {})}
 
 

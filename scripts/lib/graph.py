@@ -49,8 +49,7 @@ DATA_OF = {"sft": "pack", "dpo": "preferences", "rm": "preferences", "grpo": "pr
 HUB = "hf:"
 """Before the name and the revision of a parent that is on the hub, for --parent."""
 
-OF_NVIDIA = {"peft", "max_turns", "max_conversation_tokens"}
-OF_NVIDIA |= MegatronRecipe.__annotations__.keys()
+OF_NVIDIA = {*MegatronRecipe.__annotations__}
 """Settings that only that engine knows."""
 
 OF_GENERATION = RL_PLACEMENT[:4]
@@ -496,9 +495,6 @@ class _Builder:
             name, settings
         )
         engine = self.engine_of(stage)
-        if engine != "nvidia" and not STAGES[stage].script:
-            hint = "engine: nvidia trains it by NeMo-RL"
-            raise self.error((stage, name), f"engine {engine} has no {stage}", hint)
         self.check_engine(stage, name, engine, settings)
         recipe = self.recipe(stage, settings) | parts.get("recipe", {})
         if "sources" in parts:
@@ -544,8 +540,7 @@ class _Builder:
         if engine != "nvidia":
             for setting in given:
                 raise self.error((*key, setting), *self.belongs(stage))
-            if getattr(settings, "algorithm", "grpo") != "grpo":
-                raise self.error((*key, "algorithm"), *self.belongs(stage))
+            self.check_transformers(stage, name, settings)
             return
         from scripts.lib import bridge_options, rl_options
 
@@ -571,6 +566,31 @@ class _Builder:
         if known and (found := bridge_options.check_architecture(known[1])):
             at = "model" if stage == "pretrain" else "from"
             raise self.error((*key, at), *found)
+
+    def check_transformers(self, stage: str, name: str, settings: Any) -> None:
+        """What TRL, PEFT and Transformers lack."""
+        key = (stage, name)
+        dapo = getattr(settings, "algorithm", "grpo") == "dapo"
+        if dapo and settings.dynamic_sampling is not False:
+            raise self.error(
+                (*key, "dynamic_sampling"),
+                "TRL has no dynamic sampling, which is a part of dapo",
+                "dynamic_sampling: false trains by the rest of it; or engine: nvidia",
+            )
+        if dapo and (settings.max_turns or 1) > 1:
+            raise self.error(
+                (*key, "max_turns"),
+                "TRL's overlong penalty takes a conversation for one completion",
+                "algorithm: grpo; or engine: nvidia",
+            )
+        known = self.model_config(f"{stage}/{name}") if stage in DATA_OF else None
+        model = known[1] if known else {}
+        if stage == "rm":
+            for setting, what, hint in parallel.of_rm(model):
+                raise self.error((*key, setting), what, hint)
+        if peft := getattr(settings, "peft", None):
+            for what, hint in parallel.of_peft(peft.target_modules or [], model):
+                raise self.error((*key, "peft", "target_modules"), what, hint)
 
     def belongs(self, stage: str) -> tuple[str, str]:
         """What is said of a key that the engine of a stage does not know."""
@@ -970,6 +990,9 @@ class _Builder:
         key = ("grpo", name)
         parts = self.post_training("grpo", name, node)
         prompts = parts["parents"][-1]
+        if node.dynamic_sampling is not None and node.algorithm != "dapo":
+            what = f"belongs to algorithm: dapo, and this is {node.algorithm}"
+            raise self.error((*key, "dynamic_sampling"), what, "remove it")
         if node.batch_size % node.num_generations:
             raise self.error(
                 (*key, "batch_size"),
@@ -1006,8 +1029,6 @@ class _Builder:
                 what = "missing" if settings.from_ is None else "unknown key"
                 hint = "name an rm node: `reward_model: {from: helpful}`"
                 raise self.error((*key, "from"), what, hint)
-            if settings.from_ and self.engine_of("grpo") != "nvidia":
-                raise self.error(key, *self.belongs("grpo"))
             files = parts.setdefault("files", [])
             if own is None:
                 module = BUILT_IN[kind].partition(":")[0]
@@ -1100,7 +1121,7 @@ class _Builder:
             for model in self.sections[stage][eval_name].from_:
                 above = self.ref(key, model, MODELS)
                 while True:
-                    shown.append(above)
+                    shown += [above, *self.rewards.get(above, [])]
                     if above not in self.parent:
                         break
                     above = self.parent[above]

@@ -103,12 +103,8 @@ def of_rl(
     """What NeMo-RL would refuse besides, of how it is placed."""
     if stage == "rm" and placed.backend == "megatron":
         yield "backend", "NeMo-RL has no reward models on Megatron", "backend: dtensor"
-    if stage == "rm" and model is not None and is_hybrid(model):
-        kind = model.get("model_type", "hybrid")
-        what = (
-            f"Transformers has no classifier of {kind} models, which an rm node needs"
-        )
-        yield "from", what, "start from a transformer: Llama, Qwen"
+    if stage == "rm" and model is not None:
+        yield from of_rm(model)
     if placed.backend == "dtensor" and model is not None and has_experts(model):
         what = "what dtensor saves of experts has other names than a model's folder"
         if stage == "rm":
@@ -126,6 +122,28 @@ def of_rl(
         yield "cpus", what, f"cpus: {2 * RL_CPUS}"
     if stage == "grpo":
         yield from _of_generation(placed, model)
+
+
+def of_rm(model: dict[str, Any]) -> Iterator[Problem]:
+    """What a reward model cannot be made of, on either engine."""
+    if is_hybrid(model):
+        kind = model.get("model_type", "hybrid")
+        what = (
+            f"Transformers has no classifier of {kind} models, which an rm node needs"
+        )
+        yield "from", what, "start from a transformer: Llama, Qwen"
+
+
+def of_peft(
+    target_modules: list[str], model: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """What PEFT cannot adapt: what is wrong, what to do."""
+    for name in target_modules:
+        if name.startswith("linear_"):
+            yield f"{name} is Megatron's name", "Transformers' are q_proj, up_proj, ..."
+        if name in ("out_proj", "conv1d") and is_hybrid(model):
+            what = f"{name} of Mamba is fused into a kernel, which passes an adapter by"
+            yield what, "leave it out"
 
 
 def _of_generation(

@@ -250,7 +250,9 @@ class Peft(Strict):
     dropout: Fraction = Field(0.0, description="Share of its inputs dropped.")
     target_modules: Names | None = Field(
         None,
-        description="Megatron's linear layers. Default: those of attention and MLP.",
+        description="Linear layers as the engine names them: `q_proj`, or Megatron's "
+        "`linear_qkv`. Default: those of attention and MLP, and Mamba's `in_proj` "
+        "(not with DoRA on nvidia).",
     )
 
 
@@ -280,8 +282,7 @@ class SftRecipe(MegatronRecipe):
 
     peft: Peft | None = Field(
         None,
-        description="nvidia: train a low-rank adapter; published as adapter and merged "
-        "model.",
+        description="Train a low-rank adapter; published as adapter and merged model.",
     )
     parent: Released | None = Field(None, exclude=True)
 
@@ -334,6 +335,11 @@ class GrpoRecipe(RlRecipe):
         description="`dapo`: dynamic sampling, asymmetric clipping, overlong shaping, "
         "token-level loss.",
     )
+    dynamic_sampling: bool | None = Field(
+        None,
+        description="dapo: draw prompts anew until their answers differ in worth. "
+        "Default: true. TRL has none: engine transformers wants `false`.",
+    )
     environment: Annotated[
         dict[NodeName, EnvironmentRecipe],
         BeforeValidator(_environment),
@@ -346,11 +352,11 @@ class GrpoRecipe(RlRecipe):
     )
     max_turns: Positive | None = Field(
         None,
-        description="nvidia: turns of the model in a conversation, at most. Default: 1.",
+        description="Turns of the model in a conversation, at most. Default: 1.",
     )
     max_conversation_tokens: Positive | None = Field(
         None,
-        description="nvidia: longest conversation; needed with several turns.",
+        description="Longest conversation; needed with several turns.",
     )
     num_generations: Annotated[int, Field(ge=2)] = Field(
         8, description="Completions a prompt; divides batch_size."

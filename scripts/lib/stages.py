@@ -38,8 +38,7 @@ class Stage:
     writes with the content, published apart from it. `launcher` starts the processes of
     those that can have several. `nvidia` is the script of that engine, started by
     `nvidia_launcher`; a stage without one is run by transformers whatever the config's
-    engine, and one without `script` by nvidia alone. `nvidia_flags` are the placement
-    that its script there is told.
+    engine. `nvidia_flags` are the placement that its script there is told.
     """
 
     name: str
@@ -139,7 +138,7 @@ STAGES: dict[str, Stage] = {
             "model",
             schema.Sft,
             schema.SftRecipe,
-            (*_TRAIN, "trl", "datasets"),
+            (*_TRAIN, "trl", "peft", "datasets"),
             trains=True,
             launcher="torchrun",
             nvidia="scripts.nvidia.sft",
@@ -147,10 +146,11 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "dpo",
-            "",
+            "scripts.transformers.dpo",
             "model",
             schema.Dpo,
             schema.DpoRecipe,
+            (*_TRAIN, "trl", "datasets", "jinja2"),
             trains=True,
             nvidia="scripts.nvidia.dpo",
             nvidia_packages=_NEMO_RL,
@@ -159,10 +159,11 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "rm",
-            "",
+            "scripts.transformers.rm",
             "model",
             schema.Rm,
             schema.RmRecipe,
+            (*_TRAIN, "trl", "datasets", "jinja2"),
             trains=True,
             nvidia="scripts.nvidia.rm",
             nvidia_packages=_NEMO_RL,

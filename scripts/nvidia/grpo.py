@@ -89,7 +89,8 @@ def configure(
     if limit := config.get("max_position_embeddings"):  # vLLM takes nothing longer
         length = min(length, limit - limit % several)
     num_prompts = recipe.batch_size // recipe.num_generations
-    drawn = num_prompts * (dapo.MULTIPLIER if recipe.algorithm == "dapo" else 1)
+    dynamic = recipe.algorithm == "dapo" and recipe.dynamic_sampling is not False
+    drawn = num_prompts * (dapo.MULTIPLIER if dynamic else 1)
     if rows["train"] < drawn:  # NeMo-RL would end at once, as if all were well
         raise DataError(
             str(args.prompts / "train.jsonl"),
@@ -118,7 +119,8 @@ def configure(
         "env": {ENVIRONMENT: environment(recipe, args)},
     }
     if recipe.algorithm == "dapo":
-        rl.merge(settings, rl.nested(dapo.settings(recipe.max_completion_tokens)))
+        meant = dapo.settings(recipe.max_completion_tokens, dynamic)
+        rl.merge(settings, rl.nested(meant))
     return rl.merge(settings, rl.nested(recipe.overrides))
 
 

@@ -5,11 +5,11 @@ const specs = JSON.parse(document.getElementById("plots").textContent);
 specs.forEach((spec, index) => {
   const axis = { fixedrange: true, zeroline: false, ticks: "outside", ticklen: 6, tickcolor: "rgba(0,0,0,0)" };
   const layout = {
+    showlegend: false,
     ...spec.layout,
     font,
     autosize: true,
     dragmode: false,
-    showlegend: false,
     hovermode: "closest",
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",

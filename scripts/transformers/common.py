@@ -207,7 +207,7 @@ def train(
     sooner, after a save; the step is then in `stopped`. Raises LossNotFinite, and
     NotDone where training ends at another step. All processes end alike.
     """
-    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     progress = Progress(args.work)
     stop_file, stopped_file = args.work / outputs.STOP, args.work / outputs.STOPPED
@@ -224,10 +224,9 @@ def train(
         ) -> Any:
             # The Trainer loads saves without the renaming of keys that some models
             # (NemotronH) need, and would go on from other weights with a warning.
-            if save is not None:
-                saved = AutoModelForCausalLM.from_pretrained(
-                    save, dtype="auto", trust_remote_code=False
-                )
+            # An adapter's names are the same in saves.
+            if save is not None and not (save / "adapter_config.json").exists():
+                saved = type(trainer.model).from_pretrained(save, dtype="auto")
                 trainer.model.load_state_dict(saved.state_dict(), strict=True)
 
         def on_step_end(

@@ -1,11 +1,13 @@
 """Train a causal LM on checked answers (TRL's GRPOTrainer; CPU or one GPU).
 
 Reads   --parent   Hugging Face folder with a chat template
+        --reward-model  folder of a reward model, where that is an environment
         --prompts  folder with train.jsonl: input, output
         --recipe   YAML of one `grpo:` node
-Writes  --out      Hugging Face folder; metrics.jsonl: step, reward (share of right
-                   answers), reward_std, loss, lr, grad_norm, completion_tokens,
-                   entropy (nats/token), kl (nats/token, where beta > 0)
+Writes  --out      Hugging Face folder; metrics.jsonl: step, reward, reward_std, loss, lr,
+                   grad_norm, reward_<environment>, turns (where there are several), overlong_penalty (of dapo, before its
+                   weight), completion_tokens, entropy (nats/token), kl (nats/token,
+                   where beta > 0)
 Raises  RecipeError, DataError before training; LossNotFinite with its step
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
 Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
@@ -20,29 +22,91 @@ import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from scripts.environments.mix import Mix
-from scripts.lib import cli, outputs
+from scripts.lib import cli, dapo, outputs
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import GrpoRecipe
 from scripts.transformers import common
+from scripts.transformers.turns import Conversation, Rollouts
+
+PENALTY = "soft_overlong_punishment_reward"
+"""DAPO's penalty as TRL calls it."""
 
 
 def rewards_of(environments: Mix) -> Callable[..., list[float]]:
-    """The environments' rewards as TRL asks for them."""
+    """The environments' rewards as TRL asks for them; each one's mean is logged.
+
+    Those of several turns have come in already, as the conversations were held.
+    """
+    told: set[str] = set()
 
     def reward(
-        prompts: list[Any], completions: list[Any], output: list[str], **_: Any
+        prompts: list[Any],
+        completions: list[Any],
+        output: list[str],
+        log_metric: Callable[[str, float], None],
+        talk: list[Conversation] | None = None,
+        **_: Any,
     ) -> list[float]:
-        rows = [
-            {"input": prompt[-1]["content"], "output": answer}
-            for prompt, answer in zip(prompts, output, strict=True)
-        ]
-        conversations = [p + c for p, c in zip(prompts, completions, strict=True)]
-        return [turn.reward for turn, _ in environments.steps(conversations, rows)]
+        if talk is None:
+            rows = [
+                {"input": prompt[-1]["content"], "output": answer}
+                for prompt, answer in zip(prompts, output, strict=True)
+            ]
+            conversations = [p + c for p, c in zip(prompts, completions, strict=True)]
+            steps = environments.steps(conversations, rows)
+            found = [(turn.reward, rewards) for turn, rewards in steps]
+        else:
+            found = [(one.reward, one.each) for one in talk]
+            log_metric("turns", fmean(one.turns for one in talk))
+        for name, faults in environments.faults.items():
+            log_metric(f"reward_{name}", fmean(rewards[name] for _, rewards in found))
+            if faults.count and name not in told:
+                told.add(name)
+                print(f"environment {name}: {faults.first}; such a reward is 0")
+        return [sum_ for sum_, _ in found]
 
     return reward
+
+
+def environments_of(recipe: GrpoRecipe, reward_model: Path | None) -> Mix:
+    """A recipe's environments; the reward model is read from its folder."""
+    settings = recipe.environments()
+    if "reward_model" in settings and "import" not in settings["reward_model"]:
+        if reward_model is None:
+            raise RecipeError("--reward-model", "missing", "give an rm node's folder")
+        settings["reward_model"]["folder"] = str(reward_model)
+    return Mix(settings)
+
+
+def rollouts_of(
+    prompts: list[dict[str, Any]],
+    environments: Mix,
+    recipe: GrpoRecipe,
+    tokenizer: Any,
+) -> Rollouts:
+    """How conversations of several turns are held; each prompt gets its row's number.
+
+    TRL tells a rollout of its prompt's messages alone.
+    """
+    if recipe.max_conversation_tokens is None:
+        raise RecipeError("max_conversation_tokens", "missing, with several turns")
+    rows = []
+    for number, prompt in enumerate(prompts):
+        asked = prompt["prompt"][-1]
+        rows.append({"input": asked["content"], "output": prompt["output"]})
+        asked["row"] = number
+    return Rollouts(
+        environments,
+        rows,
+        tokenizer,
+        recipe.max_turns or 1,
+        recipe.max_conversation_tokens,
+        recipe.max_completion_tokens,
+    )
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = common.parser(__doc__)
     flags.add_argument("--parent", type=Path, required=True, help="model folder")
     flags.add_argument("--prompts", type=Path, required=True, help="prompts folder")
+    flags.add_argument("--reward-model", type=Path, help="of the environment so named")
     args = cli.parse(flags, argv)
     recipe = cli.load_recipe(args.recipe, GrpoRecipe)
     if recipe.batch_size % recipe.num_generations:
@@ -76,10 +141,17 @@ def main(argv: list[str] | None = None) -> int:
             f"{recipe.batch_size} is no multiple of num_generations, "
             f"{recipe.num_generations}",
         )
+    if recipe.algorithm == "dapo" and recipe.dynamic_sampling is not False:
+        raise RecipeError(
+            f"{args.recipe} dynamic_sampling",
+            "TRL has no dynamic sampling, which is a part of dapo",
+            "dynamic_sampling: false trains by the rest of it",
+        )
     prompts = read_prompts(args.prompts / "train.jsonl")
     common.prepare(recipe)
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+    from trl.rewards import get_soft_overlong_punishment
 
     model, tokenizer = common.load_parent(args.parent)
     if not tokenizer.chat_template:
@@ -88,9 +160,18 @@ def main(argv: list[str] | None = None) -> int:
     common.align(model, tokenizer)
     num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
+    environments = environments_of(recipe, args.reward_model)
+    rewards = [rewards_of(environments)]
+    if recipe.algorithm == "dapo":
+        longest = recipe.max_completion_tokens
+        penalty = get_soft_overlong_punishment(longest, dapo.soft_tokens(longest))
+        rewards.append(penalty)
+    rollouts = None
+    if (recipe.max_turns or 1) > 1:
+        rollouts = rollouts_of(prompts, environments, recipe, tokenizer)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=rewards_of(Mix(recipe.environments())),
+        reward_funcs=rewards,
         args=GRPOConfig(
             **common.settings(recipe, args),
             num_generations=recipe.num_generations,
@@ -102,15 +183,18 @@ def main(argv: list[str] | None = None) -> int:
             num_iterations=1,
             steps_per_generation=1,
             shuffle_dataset=False,
+            **(dapo.trl() if recipe.algorithm == "dapo" else {}),
         ),
         train_dataset=Dataset.from_list([prompts[i] for i in order]),
         processing_class=tokenizer,
+        rollout_func=rollouts,
     )
     if not common.train(trainer, recipe, args, "reward"):
         return common.NOT_DONE
     common.align(model, tokenizer)
     common.save_model(model, args.parent, args.out)
     if common.is_writer():
+        each = [f"reward_{name}" for name in recipe.environment]
         outputs.write_metrics(
             args.out / "metrics.jsonl",
             trainer.state.log_history,
@@ -121,6 +205,9 @@ def main(argv: list[str] | None = None) -> int:
                 "loss": "loss",
                 "learning_rate": "lr",
                 "grad_norm": "grad_norm",
+                **{name: name for name in each},
+                f"rewards/{PENALTY}/mean": "overlong_penalty",
+                "turns": "turns",
                 "completions/mean_length": "completion_tokens",
                 "entropy": "entropy",
                 "kl": "kl",

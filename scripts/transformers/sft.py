@@ -1,4 +1,5 @@
-"""Fine-tune a causal LM on packed chats (TRL's SFTTrainer; CPU or GPUs).
+"""Fine-tune a causal LM on packed chats: all of it, LoRA or DoRA (TRL's SFTTrainer and
+PEFT; CPU or GPUs).
 
 The packed rows are split back into chats, so none ever sees another, and padded in
 batches; the loss is on each token whose predecessor's mask is 1, as pack writes it.
@@ -6,9 +7,11 @@ batches; the loss is on each token whose predecessor's mask is 1, as pack writes
 Reads   --parent  Hugging Face folder
         --packed  folder with packed.parquet: input_ids, loss_mask, seq_start_id
         --recipe  YAML of one `sft:` node
-Writes  --out     Hugging Face folder; metrics.jsonl: step, loss (nats/token), lr,
-                  grad_norm, token_accuracy
-Raises  RecipeError, DataError before training; LossNotFinite with its step
+Writes  --out     Hugging Face folder, and with `peft` the adapter in adapter/ and
+                  parity.json; metrics.jsonl: step, loss (nats/token), lr, grad_norm,
+                  token_accuracy
+Raises  RecipeError, DataError before training; LossNotFinite with its step; AttestError
+        where the adapter does not answer as the merged model does
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
 Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
 Under torchrun each process takes its part of every batch, and rank 0 writes.
@@ -25,7 +28,7 @@ from typing import Any
 from scripts.lib import cli, outputs
 from scripts.lib.errors import DataError
 from scripts.lib.schema import SftRecipe
-from scripts.transformers import common
+from scripts.transformers import adapter, common
 
 NOT_COUNTED = -100
 
@@ -97,10 +100,14 @@ def main(argv: list[str] | None = None) -> int:
         ),
         train_dataset=Dataset.from_list([chats[i] for i in order]),
         processing_class=tokenizer,
+        peft_config=adapter.config(model, recipe.peft) if recipe.peft else None,
     )
     if not common.train(trainer, recipe, args, "loss"):
         return common.NOT_DONE
-    common.save_model(model, args.parent, args.out)
+    if recipe.peft:
+        adapter.publish(trainer.model, args.parent, args.out)
+    else:
+        common.save_model(model, args.parent, args.out)
     if common.is_writer():
         outputs.write_metrics(
             args.out / "metrics.jsonl",

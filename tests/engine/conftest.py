@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.data import generate, pack, prompts, tokenize, tokenizer
+from scripts.data import generate, pack, preferences, prompts, tokenize, tokenizer
 
 ROOT = Path(__file__).parents[2]
 HEAVY = [
@@ -23,7 +23,10 @@ HEAVY = [
     "lm_eval.models.huggingface",
     "transformers.models.nemotron_h.modeling_nemotron_h",
     "transformers.trainer",
+    "transformers.models.qwen3.modeling_qwen3",
+    "trl.trainer.dpo_trainer",
     "trl.trainer.grpo_trainer",
+    "trl.trainer.reward_trainer",
     "trl.trainer.sft_trainer",
 ]
 MODEL = {
@@ -34,6 +37,12 @@ MODEL = {
     "num_key_value_heads": 2,
     "mamba_head_dim": 16,
     "mamba_num_heads": 2,
+}
+TRANSFORMER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
 }
 
 
@@ -95,7 +104,7 @@ def write(path: Path, content: object) -> Path:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer, blend, packed chats, prompts, held-out rows, and a model's config."""
+    """Tokenizer, blend, packed chats, prompts, pairs, held-out rows, models' configs."""
     root = tmp_path_factory.mktemp("inputs")
 
     def stage(main: Callable[..., int], name: str, recipe: object, *flags: str) -> None:
@@ -114,6 +123,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         recipe = {"kind": kind, "count": count, "max_operand": 29}
         stage(generate.main, name, recipe)
+    small = {"kind": "preferences", "count": 1000, "max_operand": 9}
+    stage(generate.main, "opinions", small)
     template = str(ROOT / "config" / "models" / "tiny" / "chat_template.jinja")
     tiny = ["--tokenizer", str(root / "tokenizer")]
     sources = {"corpus": {}, "chat": {}}
@@ -130,7 +141,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage(pack.main, "packed", chat, *tiny, "--data", rows("chat"))
     sums = {"max_prompt_tokens": 64, "sources": {"sums": {}}}
     stage(prompts.main, "prompts", sums, *tiny, "--data", rows("sums"))
-    config = json.loads((ROOT / "config/models/tiny/config.json").read_text())
-    (root / "model").mkdir()
-    write(root / "model" / "config.json", config | MODEL)
+    opinions = {"max_tokens": 64, "sources": {"opinions": {}}}
+    opinions |= {"validation_fraction": 0.3}
+    stage(preferences.main, "pairs", opinions, *tiny, "--data", rows("opinions"))
+    for name, model, changes in (
+        ("model", "tiny", MODEL),
+        ("transformer", "qwen3_small", TRANSFORMER),
+    ):
+        config = json.loads((ROOT / f"config/models/{model}/config.json").read_text())
+        (root / name).mkdir()
+        write(root / name / "config.json", config | changes)
     return root

@@ -175,6 +175,14 @@ def test_an_adapter_is_in_the_recipe_without_what_is_not_set():
     assert "target_modules" not in bare.recipe["peft"]
 
 
+def test_either_engine_trains_an_adapter():
+    text = "sft: {instruct: {peft: {method: dora, target_modules: [q_proj]}}}\n"
+    node = built(text, "transformers").nodes["sft/instruct"]
+    assert node.recipe["peft"]["method"] == "dora"
+    assert "peft" in node.packages
+    assert "scripts/transformers/adapter.py" in node.code
+
+
 def test_overrides_and_a_named_recipe_are_in_the_recipe():
     text = "overrides: {optimizer.adam_beta2: 0.95, model.recompute_method: null}"
     recipe = "recipe: llama32_1b_pretrain_config"
@@ -195,7 +203,8 @@ def test_overrides_and_a_named_recipe_are_in_the_recipe():
         ("pretrain: {base: {recipe: x}}", ":3 pretrain.base.recipe: belongs to engine: nvidia"),
         ("pretrain: {base: {precision: bf16}}", "pretrain.base.precision: belongs to engine: nvidia"),
         ("pretrain: {base: {overrides: {a.b: 1}}}", "pretrain.base.overrides: belongs to engine: nvidia"),
-        ("sft: {instruct: {peft: {method: lora}}}", "sft.instruct.peft: belongs to engine: nvidia"),
+        ("sft: {instruct: {peft: {method: lora, target_modules: linear_qkv}}}", "sft.instruct.peft.target_modules: linear_qkv is Megatron's name"),
+        ("sft: {instruct: {peft: {method: lora, target_modules: [q_proj, out_proj]}}}", "sft.instruct.peft.target_modules: out_proj of Mamba is fused into a kernel"),
         ("grpo: {reasoner: {precision: bf16}}", "grpo.reasoner.precision: unknown key"),
         ("placement: {sft: {instruct: {tensor_parallel: 2}}}", ":3 placement.sft.instruct.tensor_parallel: belongs to engine: nvidia"),
         ("placement: {sft: {default: {distributed_optimizer: false}}}", "placement.sft.default.distributed_optimizer: belongs to engine: nvidia"),

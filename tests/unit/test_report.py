@@ -225,6 +225,47 @@ def test_curves_come_from_either_place_of_metrics(build):
     assert reasoner["layout"]["yaxis"]["title"]["text"] == "share of right answers"
 
 
+def test_each_reward_and_its_share_is_shown(tmp_path):
+    build = Build(tmp_path)
+    rows = [
+        {"step": 1, "reward": 0.1, "reward_math": 0.2, "reward_brief": -0.2},
+        {"step": 2, "reward": 0.8, "reward_math": 0.6, "reward_brief": 0.4},
+    ]
+    environment = {"math": {"weight": 1.0}, "brief": {"weight": 0.5, "import": "a:B"}}
+    build.node("grpo/reasoner", recipe={"environment": environment}, metrics_jsonl=rows)
+    page = Reader(build.page())
+    (plot,) = page.plots
+    assert [(t["name"], t["y"]) for t in plot["data"]] == [
+        ("sum, weighted", [0.1, 0.8]),
+        ("math", [0.2, 0.6]),
+        ("brief", [-0.2, 0.4]),
+    ]
+    assert "math 1 0.2 0.6 75.0%" in page.words
+    assert "brief 0.5 -0.2 0.4 25.0%" in page.words
+
+
+@pytest.mark.parametrize("engine", ["trl", "nemo-rl"])
+def test_what_dapo_means_is_shown_as_its_engine_calls_it(engine, tmp_path):
+    build = Build(tmp_path)
+    recipe = {"algorithm": "dapo", "max_completion_tokens": 10}
+    made = provenance("grpo/one", packages={engine: "1"})
+    build.node("grpo/one", recipe=recipe, **{"provenance.json": made})
+    words = Reader(build.page()).words
+    assert ("trl.epsilon_high0.28" in words) == (engine == "trl")
+    assert ("overrides.loss_fn.ratio_clip_max0.28" in words) == (engine != "trl")
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_pairs_held_back_are_told_of(stage, tmp_path):
+    build = Build(tmp_path)
+    rows = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.4}]
+    rows[1]["validation_accuracy"] = 0.75
+    build.node(f"{stage}/one", metrics_jsonl=rows)
+    words = Reader(build.page()).words
+    assert "Loss, nats a pair: 0.7 at step 1, 0.4 at 2" in words
+    assert "75.0% of the pairs held back told apart" in words
+
+
 def test_a_step_logged_twice_is_drawn_once(tmp_path):
     build = Build(tmp_path)
     rows = [{"step": s, "loss": v} for s, v in ((1, 9), (2, 8), (2, 7), (3, 6))]

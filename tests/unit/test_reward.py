@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from scripts.environments.math import is_right
 from scripts.environments.mix import Mix
-from scripts.transformers.grpo import rewards_of
+from scripts.lib.errors import RecipeError
+from scripts.lib.schema import GrpoRecipe
+from scripts.transformers.grpo import environments_of, rewards_of
 
 
 @pytest.mark.parametrize(
@@ -45,11 +49,48 @@ def test_wrong_answers_and_repeated_sums_do_not(completion: str, answer: str) ->
     assert not is_right(completion, answer)
 
 
-def test_reward_is_one_or_nothing_a_completion() -> None:
+def test_a_reward_is_the_weighted_sum_and_each_ones_mean_is_logged() -> None:
     completions = [
         [{"role": "assistant", "content": content}] for content in ("42", "41", "")
     ]
-    reward = rewards_of(Mix({"math": {}}))
+    logged: dict[str, float] = {}
     prompts = [[{"role": "user", "content": "12 + 30"}]] * 3
-    found = reward(prompts=prompts, completions=completions, output=["42"] * 3)
-    assert found == [1.0, 0.0, 0.0]
+    reward = rewards_of(Mix({"math": {"weight": 0.5}}))
+    found = reward(
+        prompts=prompts,
+        completions=completions,
+        output=["42"] * 3,
+        log_metric=logged.__setitem__,
+    )
+    assert found == [0.5, 0.0, 0.0]
+    assert logged == {"reward_math": pytest.approx(1 / 3)}
+
+
+OWN = """
+class Short:
+    def step(self, messages, row):
+        return 1 / (len(messages[-1]["content"]) - 2)
+"""
+
+
+def test_a_fault_is_told_once_and_worth_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    reward = rewards_of(Mix({"short": {"import": "own:Short"}, "math": {}}))
+    prompts = [[{"role": "user", "content": "?"}]] * 2
+    answers = [[{"role": "assistant", "content": text}] for text in ("42", "123")]
+    logged: dict[str, float] = {}
+    for _ in range(2):
+        found = reward(prompts, answers, ["42"] * 2, log_metric=logged.__setitem__)
+    assert found == [1.0, 1.0]
+    assert logged == {"reward_short": 0.5, "reward_math": 0.5}
+    assert capsys.readouterr().out.count("environment short: ZeroDivisionError") == 1
+
+
+def test_a_reward_model_needs_its_folder() -> None:
+    recipe = {"steps": 1, "batch_size": 2, "lr": 1.0, "max_completion_tokens": 1}
+    node = GrpoRecipe.model_validate(recipe | {"environment": "reward_model"})
+    with pytest.raises(RecipeError, match="--reward-model"):
+        environments_of(node, None)

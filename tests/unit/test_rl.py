@@ -719,6 +719,8 @@ def test_dapo_differs_from_grpo_as_its_paper_says(make: Any):
     assert own["reward_shaping"]["overlong_buffer_length"] == 4
     assert own.items() >= plain["grpo"].items()
     assert found["policy"] == plain["policy"]
+    still = configured(make(), algorithm="dapo", dynamic_sampling=False)["grpo"]
+    assert not still["use_dynamic_sampling"] and still["batch_multiplier"] == 1
     shortest = configured(make(), algorithm="dapo", max_completion_tokens=2)
     assert shortest["grpo"]["reward_shaping"]["overlong_buffer_length"] == 1
 

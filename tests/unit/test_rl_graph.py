@@ -279,20 +279,19 @@ WITHOUT_GPU = {"placement": {"pretrain": None, "sft": None, "grpo": None, "eval"
 WITHOUT_GPU["placement"] |= {"export": None, "dpo": None, "rm": None}
 
 
-@pytest.mark.parametrize("stage", ["dpo", "rm"])
-def test_what_transformers_has_no_script_for_is_refused_with_the_way_out(stage: str):
-    name = {"dpo": "polite", "rm": "helpful"}[stage]
-    other = {"dpo": "rm", "rm": "dpo"}[stage]
-    said = refused({"engine": "transformers", other: None}, WITHOUT_GPU)
-    assert f"{stage}.{name}: engine transformers has no {stage}" in said
-    assert "hint: engine: nvidia trains it by NeMo-RL" in said
+@pytest.mark.parametrize("id", ["dpo/polite", "rm/helpful"])
+def test_on_transformers_pairs_are_learned_by_trl_from_the_same_inputs(id: str):
+    node = built({"engine": "transformers"}, WITHOUT_GPU).nodes[id]
+    assert node.script == f"scripts.transformers.{node.stage}"
+    assert node.flags == built().nodes[id].flags
+    assert {"trl", "transformers", "torch"} <= set(node.packages)
+    assert "scripts/transformers/pairs.py" in node.code
+    assert not any(name.startswith("scripts/nvidia/") for name in node.code)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"algorithm": "dapo"}, "grpo.reasoner.algorithm: belongs to engine: nvidia"),
-        ({"max_turns": 2, "max_conversation_tokens": 90}, "grpo.reasoner.max_conversation_tokens: belongs to engine: nvidia"),
         ({"overrides": {"grpo.normalize_rewards": True}}, "grpo.reasoner.overrides: belongs to engine: nvidia"),
     ],
 )  # fmt: skip
@@ -301,6 +300,35 @@ def test_on_transformers_what_only_nemo_rl_knows_is_refused(
 ):
     found = refused(ON_CPU, WITHOUT_GPU, grpo(**settings))
     assert said in found and "grpo runs on engine transformers here" in found
+
+
+@pytest.mark.parametrize("asked", [{}, {"dynamic_sampling": True}])
+def test_on_transformers_dapo_names_what_trl_lacks(asked: dict[str, bool]):
+    dapo = grpo(algorithm="dapo", **asked)
+    said = refused(ON_CPU, WITHOUT_GPU, dapo)
+    assert "grpo.reasoner.dynamic_sampling: TRL has no dynamic sampling" in said
+    rest = grpo(dynamic_sampling=False)
+    node = built(ON_CPU, WITHOUT_GPU, dapo, rest).nodes["grpo/reasoner"]
+    assert node.recipe["algorithm"] == "dapo"
+    assert node.recipe["dynamic_sampling"] is False
+    assert built(dapo).nodes["grpo/reasoner"].recipe.items() >= asked.items()
+
+
+def test_on_transformers_conversations_have_several_turns_but_not_with_dapo():
+    turns = grpo(max_turns=2, max_conversation_tokens=90)
+    node = built(ON_CPU, WITHOUT_GPU, turns).nodes["grpo/reasoner"]
+    assert node.recipe["max_turns"] == 2
+    assert "scripts/transformers/turns.py" in node.code
+    dapo = grpo(algorithm="dapo", dynamic_sampling=False)
+    said = refused(ON_CPU, WITHOUT_GPU, turns, dapo)
+    assert "grpo.reasoner.max_turns: TRL's overlong penalty takes" in said
+    said = refused(ON_CPU, WITHOUT_GPU, grpo(max_turns=2))
+    assert "grpo.reasoner.max_conversation_tokens: missing, with max_turns 2" in said
+
+
+def test_dynamic_sampling_is_dapos():
+    said = refused(grpo(dynamic_sampling=False))
+    assert "dynamic_sampling: belongs to algorithm: dapo, and this is grpo" in said
 
 
 @pytest.mark.parametrize("key", RL_PLACEMENT[:4])
@@ -312,11 +340,14 @@ def test_on_transformers_placement_of_nemo_rl_is_refused(key: str):
     assert f"placement.grpo.default.{key}: belongs to engine: nvidia" in said
 
 
-def test_a_reward_model_rewards_on_nvidia_alone():
-    mixed = {"engine": {"default": "nvidia", "grpo": "transformers"}}
+def test_a_reward_model_rewards_on_either_engine():
     reward = rewards(reward_model={"from": "helpful"})
-    said = refused(mixed, {"placement": {"grpo": None}}, reward)
-    assert "environment.reward_model: belongs to engine: nvidia" in said
+    nodes = built({"engine": "transformers"}, WITHOUT_GPU, reward).nodes
+    node = nodes["grpo/reasoner"]
+    assert node.engine == "transformers" and "rm/helpful" in node.parents
+    assert node.flags == built(reward).nodes["grpo/reasoner"].flags
+    assert "scripts/environments/reward_model.py" in node.code
+    assert "rm/helpful" in nodes["report/main"].parents
 
 
 def test_one_stage_may_be_on_another_engine():
@@ -328,8 +359,11 @@ def test_one_stage_may_be_on_another_engine():
 
 
 @pytest.mark.parametrize("model", ["tiny", "hybrid4b_small", "nano3_small"])
-def test_a_reward_model_of_mamba_layers_is_refused(model: str):
-    said = refused(pretrained(model))
+@pytest.mark.parametrize("engine", ["nvidia", "transformers"])
+def test_a_reward_model_of_mamba_layers_is_refused(model: str, engine: str):
+    on = {"engine": {"default": "nvidia", "rm": engine}}
+    on |= {"placement": {"rm": None}} if engine == "transformers" else {}
+    said = refused(pretrained(model), on)
     assert (
         "rm.helpful.from: Transformers has no classifier of nemotron_h models" in said
     )
