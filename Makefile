@@ -7,6 +7,7 @@ VENV ?= .venv
 CONFIG ?= config/config.yaml
 PROFILE ?= local
 MODEL ?= artifacts/export/nano/model
+NODE ?= export/nano
 ANCHOR_PYTHON ?= $(VENV)/bin/python
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 export PIPELINE_CONFIG := $(CONFIG)
 
-.PHONY: help env env-nvidia export plan dag doctor status chat check test cluster gpu bench bench-gpu bench-plan docs
+.PHONY: help env env-nvidia export plan dag doctor status lineage verify diff chat check test cluster gpu bench bench-gpu bench-plan docs
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +61,15 @@ doctor: $(READY) ## compare slurm/cluster.yaml with the cluster; what a run ther
 
 status: $(READY) ## each node's job, state and progress, also while a run is active
 	@python -m scripts.lib.status
+
+lineage: $(READY) ## what a node comes from, as text, lineage.svg, lineage.json: make lineage NODE=...
+	@python -m scripts.lib.lineage show "$(NODE)" --svg lineage.svg --json lineage.json
+
+verify: $(READY) ## recompute every digest of a node and its ancestors: make verify NODE=...
+	@python -m scripts.lib.lineage verify "$(NODE)"
+
+diff: $(READY) ## settings, data, code, versions, scores: make diff A=[REVISION:]NODE B=...
+	@python -m scripts.lib.lineage diff "$(A)" "$(B)"
 
 chat: $(READY) ## talk to the exported model: make chat MODEL=...
 	@python -m scripts.chat $(MODEL)

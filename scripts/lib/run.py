@@ -27,13 +27,13 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from scripts.lib import cli, graph, identity, launch, outputs, slurm
+from scripts.lib import cli, graph, identity, launch, lineage, outputs, slurm
 from scripts.lib.attest import attest
 from scripts.lib.digest import (
     Memory,
@@ -390,6 +390,8 @@ class Job:
         seen.save()
         self.check_planned(repo)
         provenance = self.provenance(began)
+        if node.stage == "export":
+            provenance = self.with_lineage(repo, provenance, seen)
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
         self.publish(repo)
         say(node.id, f"done in {provenance['seconds']:.0f} s: {node.folder}")
@@ -644,6 +646,30 @@ class Job:
             "gpu_hours": round(gpus * seconds / 3600, 4),
             "resumed": getattr(self, "resumed", True),
         }
+
+    def with_lineage(
+        self, repo: Repo, provenance: dict[str, Any], seen: Memory
+    ) -> dict[str, Any]:
+        """What an export's folder needs to be checked far from this project."""
+        from dvc.exceptions import DvcException
+        from dvc.repo import lock_repo
+
+        with lock_repo(repo):
+            entries = read_lock()
+        shelf = lineage.Shelf(self.store.cache)
+        above = lineage.ancestors(entries, self.deps)
+        if lacking := lineage.out_of_reach(entries, above, shelf):
+            with suppress(DvcException):
+                repo.fetch(targets=lacking)
+        if lacking := lineage.out_of_reach(entries, above, shelf):
+            say(
+                self.node.id, f"{lacking[0]} is nowhere: its lineage lacks what it told"
+            )
+        content = Path(STAGES[self.node.stage].content)
+        files = seen.files(self.out / content)
+        sums = {str(content / name): md5 for name, md5 in files.items()}
+        rows = [lineage.row(entries, id, shelf) for id in above]
+        return lineage.carried(provenance, sums, rows)
 
     # ---- publishing ------------------------------------------------------------
 
