@@ -326,7 +326,7 @@ def check_form(one: Row) -> None:
             raise TypeError(f"{key} is no mapping")
     if not isinstance(one["node"], str):
         raise TypeError("a node's name is no text")
-    for value in (one["tokens"], made.get("seconds"), made.get(GPU)):
+    for value in (one["seed"], one["tokens"], made.get("seconds"), made.get(GPU)):
         if not isinstance(value, int | float | None):
             raise TypeError(f"{value!r} is no number")
 

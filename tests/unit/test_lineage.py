@@ -169,6 +169,7 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path):
     [
         {"lineage": [7]},
         {"lineage": {}},
+        {"lineage": [{k: v for k, v in row("a/b").items() if k != "seed"}]},
         {"lineage": [row("a/b", tokens="many")]},
         {"lineage": [row("a/b", inputs={"x": 1})]},
         {"lineage": [row("a/b", made=[1])]},
