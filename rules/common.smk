@@ -9,6 +9,7 @@ from scripts.lib.workflow import Workflow
 PIPELINE = Workflow.at_start(workflow)
 
 nodes = PIPELINE.nodes
+shards = PIPELINE.shards
 every = PIPELINE.every
 before = PIPELINE.before
 manifest = PIPELINE.manifest

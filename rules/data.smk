@@ -84,6 +84,30 @@ for node in nodes("tokenize"):
             "python -m scripts.lib.run tokenize {params.node}"
 
 
+for shard in shards("tokenize"):
+
+    rule:
+        """Tokenize a share of a node's files, which the node's own job takes over."""
+        name:
+            f"tokenize/{shard}"
+        input:
+            before("tokenize", shard),
+        output:
+            manifest("tokenize", shard),
+        log:
+            f"logs/tokenize/{shard}.log",
+        localrule: place("tokenize", shard, "controller")
+        conda:
+            "../envs/transformers.yaml"
+        threads: place("tokenize", shard, "cpus")
+        resources:
+            **resources_of("tokenize", shard),
+        params:
+            shard=shard,
+        shell:
+            "python -m scripts.lib.run tokenize {params.shard}"
+
+
 rule tokenize:
     """Build every `tokenize:` node."""
     input:

@@ -88,6 +88,11 @@ class Earlier:
             documents += receipt["documents"]
             tokens += receipt["tokens"]
 
+    @property
+    def names(self) -> set[str]:
+        """The files it has, as they were."""
+        return {name for name, _digest in self._starts}
+
     def find(self, file: Receipt) -> Receipt | None:
         """The receipt of the same content under the same name, if there is one."""
         return self._starts.get((file["file"], file["digest"]), (None,))[0]

@@ -5,6 +5,9 @@ Reads   --tokenizer  Hugging Face tokenizer folder
         --recipe     YAML of one `tokenize:` node
         --earlier    folder, repeated: an --out of before, whole or not. What it has of
                      a file that is unchanged is copied; the bytes are as without it
+        --share      2/8: make but the second of eight parts of the files, about alike
+                     in bytes, without those that --earlier has; no blend. All shares
+                     as --earlier of a run without it leave that to copy alone
 Writes  --out        NAME.bin, NAME.idx  tokens: uint16, or int32 for large
                                          vocabularies; one sequence a document
                      blend.json          sources (name, prefix, weight, documents,
@@ -38,7 +41,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,7 @@ from scripts.data.receipts import (
     sizes,
 )
 from scripts.data.shard import Shard
+from scripts.data.share import Named, parsed, share_of
 from scripts.lib import cli, rows
 from scripts.lib.errors import DataError
 from scripts.lib.indexed import IndexedReader
@@ -74,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     """Tokenize every source that is not whole yet, then write the blend."""
     flags = cli.rows_parser(__doc__)
     flags.add_argument("--earlier", action="append", default=[], type=Path)
+    flags.add_argument("--share", type=parsed, metavar="I/N")
     args = cli.parse(flags, argv)
     recipe = cli.load_recipe(args.recipe, TokenizeRecipe)
     encoder = DocumentEncoder(args.tokenizer, recipe)
@@ -83,19 +88,21 @@ def main(argv: list[str] | None = None) -> int:
             "encodes it all, more slowly"
         )
     settings = settings_of(recipe, args.tokenizer)
-    sources = [
-        SourceFiles.of(name, source, paths, settings)
-        for name, source, paths in rows.named_sources(
-            recipe.sources, cli.named_paths(args.data)
-        )
-    ]
+    named = rows.named_sources(recipe.sources, cli.named_paths(args.data))
+    if args.share:
+        sources = shared(named, args.share, settings, args.earlier)
+    else:
+        sources = [SourceFiles.of(*one, settings) for one in named]
     progress = Progress(args.work)
     blend, receipts = [], {}
     with Workers(encoder, args.tokenizer, recipe, num_workers(sources)) as workers:
         for source in sources:
             state = State(args.out, source)
             if not state.is_whole():
-                write(source, workers, state, args.earlier, progress)
+                earlier = [] if args.share else args.earlier
+                write(source, workers, state, earlier, progress)
+            if not state.documents and not args.share:
+                raise DataError(f"dataset `{source.name}`", "holds no usable row")
             receipts[source.name] = {"settings": source.settings, "files": state.files}
             blend.append(
                 {
@@ -107,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                     "bad_rows": state.bad_rows,
                 }
             )
-    if not any(source["tokens"] for source in blend):
+    if not args.share and not any(source["tokens"] for source in blend):
         raise DataError(
             ", ".join(source.name for source in sources),
             "no tokens: every document is empty",
@@ -116,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     write_json(args.out / RECEIPTS, {"sources": receipts})
     for source in sources:
         journal(args.out, source.name).unlink(missing_ok=True)
+    if args.share:
+        return 0
     write_json(
         args.out / "blend.json",
         {
@@ -139,6 +148,12 @@ def settings_of(recipe: TokenizeRecipe, tokenizer: Path) -> dict[str, Any]:
     }
 
 
+def settings_with(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the tokens of a source depend on."""
+    of_source = source.model_dump(include={"column", "hf", "split", "revision"})
+    return settings | of_source
+
+
 @dataclass(frozen=True)
 class SourceFiles:
     """A source, and the units it is read in: one a file, or a whole hub dataset."""
@@ -156,9 +171,7 @@ class SourceFiles:
         cls, name: str, source: Source, paths: list[Path], settings: dict[str, Any]
     ) -> SourceFiles:
         files = rows.files_of(name, source, paths)
-        settings = settings | source.model_dump(
-            include={"column", "hf", "split", "revision"}
-        )
+        settings = settings_with(source, settings)
         receipts = [{"file": path.name, "digest": digest(path)} for path in files]
         if not source.hf:
             units = [[path] for path in files]
@@ -170,9 +183,43 @@ class SourceFiles:
         receipts = [{"file": source.hf, "digest": content}]
         return cls(name, source, files, [paths], settings, receipts)
 
+    def without(self, earlier: list[Earlier]) -> SourceFiles:
+        """The same without the units that were done before."""
+        left = [
+            (unit, receipt)
+            for unit, receipt in zip(self.units, self.receipts, strict=True)
+            if not any(one.find(receipt) for one in earlier)
+        ]
+        units, receipts = [u for u, _ in left], [r for _, r in left]
+        files = [path for unit in units for path in unit]
+        if self.source.hf and units:
+            files = self.files
+        return replace(self, files=files, units=units, receipts=receipts)
+
     @property
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
+
+
+def shared(
+    named: list[Named],
+    share: tuple[int, int],
+    settings: dict[str, Any],
+    folders: list[Path],
+) -> list[SourceFiles]:
+    """What one of several jobs has to do. It reads no other job's files."""
+    earlier = {
+        name: [Earlier(f, name, settings_with(source, settings)) for f in folders]
+        for name, source, _paths in named
+    }
+    known = {
+        (name, file) for name, ones in earlier.items() for e in ones for file in e.names
+    }
+    mine = [SourceFiles.of(*one, settings) for one in share_of(named, share, known)]
+    left = [source.without(earlier[source.name]) for source in mine]
+    todo, total = (sum(len(one.units) for one in ones) for ones in (left, mine))
+    say(f"share {share[0]} of {share[1]}: {todo} of {total} files are new")
+    return [source for source in left if source.units]
 
 
 def num_workers(sources: list[SourceFiles]) -> int:
@@ -304,8 +351,6 @@ def write(
                     ways.because[unit] = fault
                     answer = "Hugging Face's tokenizer encodes the whole file"
                 say(f"{source.receipts[unit]['file']}: {fault}; {answer}")
-        if not state.documents:
-            raise DataError(f"dataset `{source.name}`", "holds no usable row")
         shard.finish()
     finally:
         shard.close()

@@ -7,9 +7,10 @@ plugin's own; these are different, and why:
   environment, can start steps on several machines, and starts seconds sooner.
 - A node whose job still runs, after the controller was killed, is not submitted
   again: that job is waited for.
-- A node is done when its manifest is there. Slurm is asked about the others, and
-  where it does not answer, jobs stay as they are. (The plugin drops all jobs from its
-  list when squeue fails, and waits forever for a job that was preempted and cancelled.)
+- A node, or a share of its files, is done when its manifest is there. Slurm is asked
+  about the others, and where it does not answer, jobs stay as they are. (The plugin
+  drops all jobs from its list when squeue fails, and waits forever for a job that was
+  preempted and cancelled.)
 - What time limits, preemption and dead machines ended is submitted again.
 - Jobs' lines, states and failures are shown as they come.
 """
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar
 
 import snakemake_executor_plugin_slurm as plugin
@@ -69,6 +71,7 @@ class Executor(plugin.Executor):
         self.live: dict[str, Any] = {}
         self.refused: dict[str, float] = {}
         self.stopping = False
+        self.digesting = Lock()  # the threads that submit share what they read
         self.again: dict[str, int] = {}
         self.asked = self.answered = time.monotonic()
         super().__init__(workflow, logger)  # starts the thread that watches
@@ -78,7 +81,7 @@ class Executor(plugin.Executor):
         self.run_uuid = slurm.job_name()
 
     def node(self, job: Any) -> Node:
-        return self.store.graph.nodes[job.rule.name]
+        return self.store.graph.jobs[job.rule.name]
 
     # ---- submitting --------------------------------------------------------------
 
@@ -86,7 +89,7 @@ class Executor(plugin.Executor):
         """What a job runs: the runner, as the process that Slurm signals."""
         node = self.node(job)
         words = [sys.executable, "-m", "scripts.lib.run", "--job"]
-        words += [node.stage, node.name]
+        words += node.id.split("/")
         return f"trap '' USR1; exec {shlex.join(words)}"  # until it can take it
 
     def get_account_arg(self, job: Any) -> Any:
@@ -107,7 +110,9 @@ class Executor(plugin.Executor):
         try:
             there = self.adopt(node)
             if there is None:
-                self.store.write_job(node)
+                with self.digesting:
+                    self.store.write_job(node)
+                    self.store.raw.save()  # then the job need not read its files too
         except Exception as error:  # nobody waits for what this thread returns
             what = str(error) if isinstance(error, UserError) else repr(error)
             self._report_job_error_threadsafe(SubmittedJobInfo(job), what)
@@ -140,8 +145,10 @@ class Executor(plugin.Executor):
                     raise
                 self.be_patient(began, error)
                 time.sleep(LOOK_SECONDS)
-        if alive and self.store.job_is_wanted(node, alive[-1].state == "PENDING"):
-            return alive[-1]
+        with self.digesting:
+            waits = bool(alive) and alive[-1].state == "PENDING"
+            if alive and self.store.job_is_wanted(node, waits):
+                return alive[-1]
         for job in alive:
             say(
                 node.id, f"cancels Slurm job {job.id}: it builds what is wanted no more"

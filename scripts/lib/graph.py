@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ class Node:
 
     `flags` are its script's inputs as (flag, value) pairs; `artifacts` the folders
     or files of other nodes it reads, `files` those of the project's own.
+
+    Where several jobs make it, each of `shards` is one that makes a share of its files.
+    Such a one is like the node, but for its `share` and what carries its `id`.
     """
 
     stage: str
@@ -78,6 +81,8 @@ class Node:
     packages: dict[str, str] = field(default_factory=dict)
     placement: dict[str, Any] = field(default_factory=dict)
     engine: Engine = "transformers"
+    share: str = ""
+    """Of a job that makes a part of the node, which: `2of8`."""
 
     @property
     def script(self) -> str:
@@ -85,8 +90,23 @@ class Node:
         return STAGES[self.stage].script_of(self.engine)
 
     @property
-    def id(self) -> str:
+    def whole(self) -> str:
+        """The node's id, also of a share of it."""
         return f"{self.stage}/{self.name}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.whole}-{self.share}" if self.share else self.whole
+
+    def shards(self) -> list[Node]:
+        """The jobs that share its files, before its own: none where one job does it."""
+        if not STAGES[self.stage].by_file or self.placement.get("jobs", 1) < 2:
+            return []
+        named = [v.partition("=")[0] for flag, v in self.flags if flag == "--data"]
+        on_hub = set(self.recipe.get("sources", ())) - set(named)
+        num = min(self.placement["jobs"], len(named) + len(on_hub))
+        several = range(1, num + 1) if num > 1 else ()
+        return [replace(self, share=f"{i}of{num}") for i in several]
 
     @property
     def dvc(self) -> str:
@@ -95,7 +115,7 @@ class Node:
 
     @property
     def folder(self) -> str:
-        return f"artifacts/{self.id}"
+        return f"artifacts/{self.whole}"
 
     @property
     def content(self) -> str:
@@ -133,7 +153,10 @@ class Node:
 
 
 class Graph:
-    """All nodes by id, parents before children."""
+    """All nodes by id, parents before children.
+
+    `shards` has those of each node that several jobs make, `jobs` all by their ids.
+    """
 
     def __init__(self, nodes: list[Node], config: str, files: list[str]) -> None:
         self.config, self.config_files = config, files
@@ -146,6 +169,10 @@ class Graph:
             assert ready, "cycles are refused when the graph is built"
             for node in ready:
                 self.nodes[node.id] = pending.pop(node.id)
+        shared = {id: node.shards() for id, node in self.nodes.items()}
+        self.shards = {id: found for id, found in shared.items() if found}
+        several = [one for found in self.shards.values() for one in found]
+        self.jobs = self.nodes | {one.id: one for one in several}
         self.data: dict[str, frozenset[str]] = {}
         self.place = {id: place for place, id in enumerate(self.nodes)}
         self.below: dict[str, list[str]] = {id: [] for id in self.nodes}
@@ -634,6 +661,12 @@ class _Builder:
             for_it = {key for key, (_, here) in at.items() if here[1] != "default"}
             self.check_of_nvidia(stage, placed, for_it, refuse)
             self.check_processes(stage, name, placed, refuse)
+        of_stage = "jobs" in at and at["jobs"][1][1] != "default"
+        if of_stage and placed.jobs > 1 and not STAGES[stage].by_file:
+            several = ", ".join(one.name for one in STAGES.values() if one.by_file)
+            raise refuse(
+                "jobs", f"{stage} is one job", f"jobs: 1; {several} can be more"
+            )
         if self.cluster:
             self.check_machine(self.cluster, placed, refuse)
             container = self.cluster.container.model_dump()
@@ -716,7 +749,8 @@ class _Builder:
         """Several processes only where the trainer shares its batch among them."""
         launched = STAGES[stage].launcher
         if placed.nodes > 1 and not launched:
-            raise refuse("nodes", f"{stage} runs on one machine", "nodes: 1")
+            way = "; `jobs` share its files" if STAGES[stage].by_file else ""
+            raise refuse("nodes", f"{stage} runs on one machine", f"nodes: 1{way}")
         if (placed.processes or 1) > 1 and not launched:
             raise refuse("processes", f"{stage} is one process", "processes: 1")
         world = placed.nodes * (placed.processes or max(1, placed.gpus))

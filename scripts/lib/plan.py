@@ -16,6 +16,7 @@ from pathlib import Path
 
 from scripts.lib import cli, graph
 from scripts.lib.errors import UserError
+from scripts.lib.graph import Graph
 from scripts.lib.store import (
     HARMED,
     MAY,
@@ -28,6 +29,7 @@ from scripts.lib.store import (
 )
 
 FEW = 3
+RUNS = ("run", "may run")
 DEFAULT = Path("config/config.yaml")
 CONFIG = "PIPELINE_CONFIG"
 """Environment variable that names another config than the default."""
@@ -42,15 +44,21 @@ def state_of(store: Store, id: str) -> tuple[str, str]:
     """A node's state (current, running, missing, stale) and why it is not current."""
     reasons = store.why[id]
     note = "; ".join(reasons)
-    if is_running(id):
+    if is_running(store.graph, id):
         return "running", note
     if not reasons:
         return "current", note
     return ("stale" if id in store.records else "missing"), note
 
 
-def is_running(id: str) -> bool:
-    """Whether some process holds the node's lock at this moment."""
+def is_running(graph: Graph, id: str) -> bool:
+    """Whether some process holds the node's lock, or one of its shards', now."""
+    ids = [id, *(shard.id for shard in graph.shards.get(id, ()))]
+    return any(map(has_begun, ids))
+
+
+def has_begun(id: str) -> bool:
+    """Whether some process holds the lock of a node's or a shard's job now."""
     return is_held(STATE / f"{id}.lock")
 
 
@@ -81,6 +89,8 @@ def lines(store: Store, all_nodes: bool) -> list[str]:
         note = "; ".join(r.removesuffix(HARMED) for r in said)
         backend = store.graph.nodes[id].placement.get("backend")
         by = f"  (backend {backend})" if backend else ""
+        if what in RUNS and id in store.graph.shards:
+            by = f"  (in {len(store.graph.shards[id])} jobs)"
         text.append(f"{what:8} {id:{width}}  {note}{by}".rstrip())
     return text
 

@@ -7,6 +7,10 @@ same inputs resumes there and any other starts anew. Publishes artifacts/<stage>
 by rename when the script has finished and its files were checked; what was there
 before stays until then. Records the node in dvc.lock (under `dvc repro`, DVC does).
 Inputs that were built before are restored from DVC's cache instead.
+
+NODE-2of8 is one of the jobs that share the node's files: it leaves the tokens of its
+part in a folder within the node's, publishes and records nothing. The node's own job
+takes them over, and does itself what none of them did.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -73,9 +78,9 @@ LAUNCHER_SAYS = re.compile(r"[EIW]\d{4} |Traceback |srun: |slurmstepd: |\[rank\d
 """Lines of torchrun and Slurm."""
 OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]kill", re.IGNORECASE)
 """How Slurm says so where a step of several machines ran out of memory."""
-RESUMES_IN_OUT = {"tokenize"}
-"""Stages that find finished parts of their own in --out, and in folders of before."""
 MADE_BY = "made_by.json"
+SHARES = "[0-9]*of[0-9]*"
+"""Folders in a node's work folder, of jobs that share its files."""
 PYTHON_OF_NVIDIA = Path(".venv-nvidia/bin/python")
 
 
@@ -92,10 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse_args(argv)
     whole = current_graph()
     id = f"{args.stage}/{args.node}"
-    if id not in whole.nodes:
+    if id not in whole.jobs:
         raise UserError(id, "no such node", f"there are: {', '.join(whole.nodes)}")
     with dvc_errors():
-        return Job(Store(whole), whole.nodes[id], args.job).run()
+        return Job(Store(whole), whole.jobs[id], args.job).run()
 
 
 def current_graph() -> Graph:
@@ -146,13 +151,15 @@ class Job:
                 for parent in self.node.parents:
                     self.fetch(repo, parent)
                 self.collect(repo)
+                if self.node.share:
+                    return self.make_share(repo)
                 if not self.by_dvc and self.restore(repo):
                     return 0
                 return self.build(repo)
 
     def alone(self) -> IO[str]:
-        """Hold the node's lock, which ends with this process and its script's."""
-        path = STATE / self.node.stage / f"{self.node.name}.lock"
+        """Hold the job's lock, which ends with this process and its script's."""
+        path = STATE / f"{self.node.id}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a")
         if not try_lock(lock):
@@ -250,7 +257,7 @@ class Job:
                     "run the same command again: it will be rebuilt",
                 )
         memory.save()
-        tell_dvc(repo, memory, parent)
+        tell_dvc(repo, memory, [parent.folder])
 
     def collect(self, repo: Repo) -> None:
         """Take the inputs as they are now, and the key that follows from them."""
@@ -260,6 +267,7 @@ class Job:
 
         with lock_repo(repo):
             (stage,) = repo.stage.collect(self.node.dvc)
+            tell_dvc(repo, self.store.raw, self.node.files)
             stage.save_deps()
             self.deps = {}
             for dep in stage.deps:
@@ -322,7 +330,7 @@ class Job:
         """Whether the run of the moment, if any, wants the node as it is built here."""
         if not os.environ.get(IN_RUN):
             return True
-        planned = Graph.from_json(GRAPH.read_text()).nodes.get(self.node.id)
+        planned = Graph.from_json(GRAPH.read_text()).jobs.get(self.node.id)
         ours = self.node.params, self.node.flags
         return planned is not None and (planned.params, planned.flags) == ours
 
@@ -331,21 +339,13 @@ class Job:
     def restore(self, repo: Repo) -> bool:
         """Take the artifact from DVC's cache or remote if these inputs ran before."""
         from dvc.repo import lock_repo
-        from dvc.stage.loader import StageLoader
 
         node = self.node
         with lock_repo(repo):
-            entry = read_lock().get(node.dvc, {})
-            record = Record.of(entry, f"{node.stage}.{node.name}")
-            ours = Record(record.outs, self.deps, node.params, node.command)
             (stage,) = repo.stage.collect(node.dvc)
-            if record != ours:
-                self.set_inputs(stage)
-                entry = repo.stage_cache._load(stage)
-                if entry is None:
-                    return False
-                StageLoader.fill_from_lock(stage, entry)
-                record = Record.of(entry)
+            record, recorded = self.made_before(repo, stage)
+            if record is None:
+                return False
             damage = self.store.damage(node, record.outs)
             bring(repo, stage, record, self.store)
             left = self.store.damage(node, record.outs)
@@ -359,9 +359,29 @@ class Job:
             write_lock(repo, stage)
         self.drop_old()
         self.finish(repo, record.outs)
-        harm = f"{damage[0]}; " if damage and record == ours else ""
+        harm = f"{damage[0]}; " if damage and recorded else ""
         say(node.id, f"restored from DVC: {harm}{node.folder}")
         return True
+
+    def made_before(
+        self, repo: Repo, stage: PipelineStage
+    ) -> tuple[Record | None, bool]:
+        """What these inputs gave before, filled into a DVC stage that was read now.
+
+        Also whether that is what dvc.lock records.
+        """
+        from dvc.stage.loader import StageLoader
+
+        node = self.node
+        record = Record.of(read_lock().get(node.dvc, {}), f"{node.stage}.{node.name}")
+        if record == Record(record.outs, self.deps, node.params, node.command):
+            return record, True
+        self.set_inputs(stage)
+        entry = repo.stage_cache._load(stage)
+        if entry is None:
+            return None, False
+        StageLoader.fill_from_lock(stage, entry)
+        return Record.of(entry), False
 
     def set_inputs(self, stage: PipelineStage) -> None:
         """Give a freshly read DVC stage the inputs that this job started with."""
@@ -372,10 +392,38 @@ class Job:
 
     # ---- building --------------------------------------------------------------
 
+    def make_share(self, repo: Repo) -> int:
+        """Make a share of the node's files, unless the node will be restored."""
+        from dvc.repo import lock_repo
+
+        node, began = self.node, time.monotonic()
+        with lock_repo(repo):
+            (stage,) = repo.stage.collect(node.dvc)
+            record, _ = self.made_before(repo, stage)
+        self.work_in(self.keyed / node.share)
+        if record is None or not all(map(self.store.cache.holds, record.outs.values())):
+            self.script(self.out / STAGES[node.stage].content)
+            self.check_planned(repo)
+        self.store.write_shard(node, self.out)
+        say(node.id, f"done in {time.monotonic() - began:.0f} s")
+        return 0
+
+    @property
+    def keyed(self) -> Path:
+        """The node's work folder with these inputs."""
+        return Path("work", self.node.stage, f"{self.node.name}-{self.key}")
+
+    def work_in(self, folder: Path) -> None:
+        self.work, self.out = folder, folder / "out"
+
+    def drop_shares(self) -> None:
+        """Remove what other jobs made of the node's files, which is published now."""
+        for share in self.keyed.glob(SHARES):
+            shutil.rmtree(share / "out", ignore_errors=True)
+
     def build(self, repo: Repo) -> int:
         node = self.node
-        self.work = Path("work", node.stage, f"{node.name}-{self.key}")
-        self.out = self.work / "out"
+        self.work_in(self.keyed)
         content = self.out / STAGES[node.stage].content
         began = datetime.now(UTC)
         if not self.script(content):
@@ -394,6 +442,7 @@ class Job:
             provenance = self.with_lineage(repo, provenance, seen)
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
         self.publish(repo)
+        self.drop_shares()
         say(node.id, f"done in {provenance['seconds']:.0f} s: {node.folder}")
         return 0
 
@@ -417,7 +466,8 @@ class Job:
         code = self.copy_code()
         (self.work / "recipe.yaml").write_text(dump_yaml(node.recipe))
         self.resumed = (self.work / "progress.json").exists()
-        if node.stage not in RESUMES_IN_OUT:
+        by_file = STAGES[node.stage].by_file
+        if not by_file:
             shutil.rmtree(self.out, ignore_errors=True)
         write_atomic(self.work / MADE_BY, json.dumps(self.made_by()))
         words = ["-P", "-m", node.script]
@@ -425,8 +475,10 @@ class Job:
         words += ["--out", str(content), "--work", str(self.work)]
         words += [word for flag in node.flags for word in flag]
         words += placement_flags(node)
-        if node.stage in RESUMES_IN_OUT:
+        if by_file:
             words += self.earlier_flags()
+        if node.share:
+            words += ["--share", node.share.replace("of", "/")]
         if node.stage == "report":
             words += self.report_flags()
         environment = {
@@ -496,11 +548,11 @@ class Job:
             folder.rename(self.out)
 
     def show_log(self, log: Path) -> None:
-        """Have logs/<stage>/<node>.log be the log in the work folder.
+        """Have logs/<stage>/<node>.log, or of a share <node>-2of8.log, be the log in the work folder.
 
         A log of its own would be deleted by Snakemake at each start.
         """
-        shown = Path("logs", self.node.stage, f"{self.node.name}.log")
+        shown = Path("logs", f"{self.node.id}.log")
         shown.parent.mkdir(parents=True, exist_ok=True)
         shown.unlink(missing_ok=True)
         shown.symlink_to(os.path.relpath(log, shown.parent))
@@ -511,13 +563,19 @@ class Job:
     def earlier_flags(self) -> list[str]:
         """Where its code, as it is now, made something of other inputs.
 
-        That may be what is published, or what a stopped run left. Its script takes over
-        what would be the same.
+        That may be what is published, what a stopped run left, or what other jobs made
+        of the node's files. Its script takes over what would be the same. Jobs that run
+        beside each other see the same, for they share the rest.
         """
-        name, content = self.node.name, STAGES[self.node.stage].content
+        content = STAGES[self.node.stage].content
         places = [(Path(self.node.folder), "provenance.json", content)]
-        for work in self.work.parent.glob(f"{name}-*"):
-            if work != self.work:
+        works = f"{self.node.name}-*"
+        beside = {self.keyed}
+        if self.node.share:
+            beside |= {*self.keyed.glob("*of" + self.node.share.partition("of")[2])}
+        root = self.keyed.parent
+        for work in sorted([*root.glob(works), *root.glob(f"{works}/{SHARES}")]):
+            if work not in beside:
                 places.append((work, MADE_BY, f"out/{content}"))
         flags = []
         for folder, record, inside in places:
@@ -706,7 +764,7 @@ class Job:
         for name, md5 in sums.items():
             seen.remember(folder / name, md5)
         seen.save()
-        tell_dvc(repo, seen, self.node)
+        tell_dvc(repo, seen, [self.node.folder])
         if not self.by_dvc:
             self.record(repo)
         self.drop_old()
@@ -909,13 +967,18 @@ def bring(repo: Repo, stage: PipelineStage, record: Record, store: Store) -> Non
         stage.checkout(force=True)
 
 
-def tell_dvc(repo: Repo, memory: Memory, node: Node) -> None:
-    """Give DVC the digests we have, so that it need not read the files again."""
+def tell_dvc(repo: Repo, memory: Memory, paths: Collection[str]) -> None:
+    """Give DVC the digests we have of these, so that it need not read them again.
+
+    What it remembers itself, another machine does not know.
+    """
     from dvc_data.hashfile.hash_info import HashInfo
 
+    files, inside = set(paths), tuple(f"{path}/" for path in paths)
     known = [
         (os.path.abspath(name), HashInfo("md5", md5), None)
         for name, (signature, md5) in memory.known.items()
+        if name in files or name.startswith(inside)
         if Path(name).exists() and memory.signature(Path(name)) == signature
     ]
     if known:

@@ -488,6 +488,11 @@ class Placement(Strict):
     cpus: Positive = Field(1, description="CPU cores a machine.")
     memory_gb: Rate = Field(2.0, description="Main memory a machine, GB.")
     nodes: Positive = Field(1, description="Machines.")
+    jobs: Positive = Field(
+        1,
+        description="tokenize: jobs that share its files, each of these cpus and "
+        "minutes, before the node's own job puts their tokens together.",
+    )
     gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs a machine.")
     processes: Positive | None = Field(
         None,

@@ -38,7 +38,9 @@ class Stage:
     writes with the content, published apart from it. `launcher` starts the processes of
     those that can have several. `nvidia` is the script of that engine, started by
     `nvidia_launcher`; a stage without one is run by transformers whatever the config's
-    engine. `nvidia_flags` are the placement that its script there is told.
+    engine. `nvidia_flags` are the placement that its script there is told. `by_file`:
+    its script finds what is done of its files in --out and in folders of before, and
+    can make a share of them, for other jobs.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Stage:
     nvidia_packages: tuple[str, ...] = ()
     nvidia_launcher: Launcher = "torchrun"
     nvidia_flags: tuple[str, ...] = schema.PARALLEL
+    by_file: bool = False
 
     def engine_of(self, wanted: schema.Engine) -> schema.Engine:
         """The engine that runs this stage where the config wants `wanted`."""
@@ -95,6 +98,7 @@ STAGES: dict[str, Stage] = {
             schema.TokenizeRecipe,
             (*_HF, "fastokens", "numpy"),
             beside=("receipts.json",),
+            by_file=True,
         ),
         Stage(
             "pack",

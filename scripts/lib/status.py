@@ -99,17 +99,26 @@ def run_is_active() -> bool:
 def rows(store: Store, jobs: list[SlurmJob]) -> list[Row]:
     """All nodes, parents before children; then jobs of nodes that are no more."""
     nodes = store.graph.nodes
-    found = [row(store, n, [j for j in jobs if j.node == n.id]) for n in nodes.values()]
+    of: dict[str, list[SlurmJob]] = {id: [] for id in nodes}
     for job in jobs:
-        if job.alive and job.node not in nodes:
+        if known := store.graph.jobs.get(job.node):
+            of[known.whole].append(job)
+    found = [row(store, node, of[node.id]) for node in nodes.values()]
+    for job in jobs:
+        if job.alive and job.node not in store.graph.jobs:
             note = "no such node in the config any more"
             found.append(Row(job.node, job.id, job.machines, word(job), note))
     return found
 
 
 def row(store: Store, node: Node, jobs: list[SlurmJob]) -> Row:
-    """One node's line; of its jobs those alive count, else the newest if it failed."""
-    alive = [job for job in jobs if job.alive]
+    """One node's line; of its jobs those alive count, else the newest if it failed.
+
+    Where several make it, those that run come before those that wait.
+    """
+    alive = sorted((j for j in jobs if j.alive), key=lambda j: j.state == "RUNNING")
+    newest = {job.node: job for job in jobs}.values()
+    failed = [job for job in newest if job.state != "COMPLETED"]
     waits = [one for one in store.graph.before(node.id) if store.why[one]]
     found = Row(node.id)
     if alive:
@@ -117,33 +126,42 @@ def row(store: Store, node: Node, jobs: list[SlurmJob]) -> Row:
         found.note = alive[-1].reason if found.state == "pending" else ""
         of_job(found, alive)
         found.time += f" of {alive[-1].limit}"
-    elif plan.is_running(node.id):
+    elif plan.is_running(store.graph, node.id):
         found.state = "running"
     elif not store.why[node.id]:
         found.state = "current"
-    elif jobs and jobs[-1].state != "COMPLETED":
-        found.state = word(jobs[-1])
-        if jobs[-1].state not in ("FAILED", "CANCELLED"):
-            found.note = jobs[-1].state.lower().replace("_", " ")
-        of_job(found, jobs[-1:])
+    elif failed:
+        found.state = word(failed[-1])
+        if failed[-1].state not in ("FAILED", "CANCELLED"):
+            found.note = failed[-1].state.lower().replace("_", " ")
+        of_job(found, failed[-1:])
     elif waits:
         more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
         found.state, found.note = "waiting", f"for {waits[0]}{more}"
     else:
         found.state = "ready"
-    of_files(found, node)
+    shards = store.graph.shards.get(node.id, [])
+    if alive or (failed and found.job):
+        told = store.graph.jobs[(alive or failed)[-1].node]
+    else:
+        told = next((one for one in shards if plan.has_begun(one.id)), node)
+    of_files(found, told)
+    if told.share:
+        done = sum(Path(shard.manifest).exists() for shard in shards)
+        found.step, found.measure = f"{done} of {len(shards)} jobs", ""
     return found
 
 
 def of_job(found: Row, jobs: list[SlurmJob]) -> None:
     """Fill in what Slurm says."""
     found.job = ",".join(job.id for job in jobs)
-    found.machines, found.time = jobs[-1].machines, jobs[-1].elapsed
+    found.machines = ",".join(dict.fromkeys(j.machines for j in jobs if j.machines))
+    found.time = jobs[-1].elapsed
 
 
 def of_files(found: Row, node: Node) -> None:
-    """Fill in how far the node's script is, and which log tells more."""
-    log = Path("logs", node.stage, f"{node.name}.log")
+    """Fill in how far the script of a node or share is, and which log tells more."""
+    log = Path("logs", f"{node.id}.log")
     slurms = Path("logs/slurm", f"rule_{node.id}", f"{found.job.split(',')[-1]}.log")
     if found.state in (*BEGUN, "current") and log.exists():
         found.log = str(log)

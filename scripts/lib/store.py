@@ -424,8 +424,31 @@ class Store:
                     self.write_manifest(node, entry.outs, entry.deps)
             elif write and (built or not keep):  # else a job may be writing it
                 path.unlink(missing_ok=True)
+            for shard in self.graph.shards.get(node.id, ()) if write else ():
+                self._settle_shard(shard, bool(reasons), keep)
         self.why = why
         return why
+
+    def _settle_shard(self, shard: Node, stale: bool, keep: bool) -> None:
+        """Make a shard's manifest exist if its node is current, or its share is made.
+
+        So that none runs for a node that need not, and those of a killed run that were
+        done do not run again.
+        """
+        path = Path(shard.manifest)
+        if not stale:
+            if not path.exists():
+                write_atomic(path, "{}")
+        elif not keep and path.exists():
+            made = json.loads(path.read_text())
+            here = Path(made.get("folder", "nowhere")).is_dir()
+            if not here or made["made_from"] != self.made_from(shard):
+                path.unlink()
+
+    def write_shard(self, shard: Node, folder: Path) -> None:
+        """Record that a share of a node's files is made, and where."""
+        made = {"made_from": self.made_from(shard), "folder": str(folder)}
+        write_atomic(Path(shard.manifest), json.dumps(made))
 
     def write_manifest(
         self, node: Node, outs: dict[str, str], deps: dict[str, str]

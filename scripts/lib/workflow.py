@@ -78,9 +78,15 @@ class Workflow:
         found = self.store.graph.nodes.values()
         return [n.manifest for n in found if not stages or n.stage in stages]
 
+    def shards(self, stage: str) -> list[str]:
+        """The names of the jobs that share the files of a stage's nodes."""
+        shared = self.store.graph.shards.values()
+        ids = [one.id for shards in shared for one in shards if one.stage == stage]
+        return [id.partition("/")[2] for id in ids]
+
     def manifest(self, stage: str, name: str) -> str:
         """The file that exists exactly when the node is current."""
-        return self.store.graph.nodes[f"{stage}/{name}"].manifest
+        return self.store.graph.jobs[f"{stage}/{name}"].manifest
 
     def before(self, stage: str, name: str) -> Callable[[Any], list[Any]]:
         """An input function: the manifests of what must be ready first.
@@ -88,7 +94,8 @@ class Workflow:
         Every ancestor is listed, since Snakemake looks at a job again when any
         checkpoint among its inputs has finished. Of a current node they are current
         too, so its parents are enough. All are `ancient`, since whether a node is
-        current is decided by content, never by time.
+        current is decided by content, never by time. A node that several jobs make
+        comes after those, unless there is nothing to make.
         """
         from snakemake.io import ancient
 
@@ -97,15 +104,18 @@ class Workflow:
         def inputs(wildcards: Any) -> list[Any]:
             self.store.refresh()
             graph = self.store.graph
-            current = not self.store.why.get(id)
-            above = graph.nodes[id].parents if current else graph.before(id)
-            return [ancient(graph.nodes[one].manifest) for one in above]
+            whole = graph.jobs[id].whole
+            why = self.store.why.get(whole, [])
+            above = graph.before(whole) if why else [*graph.nodes[whole].parents]
+            if id == whole and plan.verb(why) in plan.RUNS:
+                above += [shard.id for shard in graph.shards.get(id, ())]
+            return [ancient(graph.jobs[one].manifest) for one in above]
 
         return inputs
 
     def place(self, stage: str, name: str, key: str) -> Any:
         """One setting of a node's placement."""
-        return self.store.graph.nodes[f"{stage}/{name}"].placement[key]
+        return self.store.graph.jobs[f"{stage}/{name}"].placement[key]
 
     def resources(self, stage: str, name: str) -> dict[str, int | str]:
         """A node's placement as Snakemake's resources; on a cluster, as Slurm's.
@@ -114,7 +124,7 @@ class Workflow:
         starts. `gres` rather than `gpu`, which may be split over machines:
         https://snakemake.github.io/snakemake-plugin-catalog/plugins/executor/slurm.html
         """
-        placed = self.store.graph.nodes[f"{stage}/{name}"].placement
+        placed = self.store.graph.jobs[f"{stage}/{name}"].placement
         found: dict[str, int | str] = {
             "mem_mb": int(1000 * placed["memory_gb"]),
             "runtime": placed["minutes"],

@@ -7,7 +7,9 @@ import pytest
 
 from scripts.data import tokenize, tokenizer
 from scripts.data.documents import DocumentEncoder
-from scripts.lib.errors import DataError
+from scripts.data.share import parsed, share_of
+from scripts.lib.errors import DataError, RecipeError
+from scripts.lib.schema import Source
 
 FILES = {
     "1.jsonl": ["one two", "", "zwölf 🙂"],
@@ -53,7 +55,7 @@ def make(tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(DocumentEncoder, "encode", noting)
     monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 3)
 
-    def make(files, out, earlier=(), recipe="{}", source="a"):
+    def make(files, out, earlier=(), recipe="{}", source="a", share=""):
         if isinstance(files, dict):
             paths = [write(tmp_path / "data", files)]
         else:
@@ -61,6 +63,7 @@ def make(tmp_path, tokenizer_folder, monkeypatch):
         flags = [f"--data={source}={path}" for path in paths]
         flags += [f"--earlier={tmp_path / folder}" for folder in earlier]
         flags += [f"--tokenizer={tokenizer_folder}"]
+        flags += [f"--share={share}"] if share else []
         encoded.clear()
         run(tokenize, tmp_path / out, recipe, *flags)
         return set(encoded)
@@ -216,3 +219,83 @@ def test_a_run_that_takes_over_and_stops_goes_on(make, tmp_path, monkeypatch):
     assert make(files, "after", ["before"]) == {"two", "stop", "five"}
     make(files, "fresh")
     assert content(tmp_path / "after") == content(tmp_path / "fresh")
+
+
+SHARES = ("1/3", "2/3", "3/3")
+
+
+def shares(make, files, earlier=()):
+    """Make all shares of these files; what was encoded for each, by their folders."""
+    return {
+        share[0]: make([*files], share[0], earlier, share=share) for share in SHARES
+    }
+
+
+def test_shares_together_give_the_bytes_of_one_run(make, tmp_path):
+    make(FILES, "fresh")
+    encoded = shares(make, FILES)
+    everything = {text for texts in FILES.values() for text in texts}
+    assert set().union(*encoded.values()) == everything and all(encoded.values())
+    assert not (tmp_path / "1/blend.json").exists()
+    assert make([*FILES], "after", [*encoded]) == set()
+    assert content(tmp_path / "after") == content(tmp_path / "fresh")
+    some = make([*FILES], "most", ["1", "3", "nowhere"])
+    assert some == encoded["2"]
+    assert content(tmp_path / "most") == content(tmp_path / "fresh")
+
+
+def test_shares_leave_out_what_was_done_before(make, tmp_path):
+    make(FILES, "before")
+    write(tmp_path / "data", {**FILES, "0.jsonl": ["zero"], "9.jsonl": ["nine"]})
+    names = [f"{name}.jsonl" for name in "0129"] + ["3.txt", "4.jsonl"]
+    encoded = shares(make, names, ["before"])
+    assert sorted(map(len, encoded.values())) == [0, 1, 1], (
+        "one new file for each of two"
+    )
+    make(names, "fresh")
+    assert make(names, "after", ["before", *encoded]) == set()
+    assert content(tmp_path / "after") == content(tmp_path / "fresh")
+
+
+def test_a_share_that_stopped_goes_on_and_one_that_ended_does_nothing(make, tmp_path):
+    files = {f"{i}.jsonl": [f"text {i}"] for i in range(6)}
+    bad = write(tmp_path / "data", files) / "3.jsonl"
+    good = bad.read_text()
+    bad.write_text(good + "no\n")
+    with pytest.raises(DataError, match=r"3\.jsonl:2: not JSON"):
+        make([*files], "1", share="1/1")
+    bad.write_text(good)
+    assert make([*files], "1", share="1/1") == {"text 3", "text 4", "text 5"}
+    assert make([*files], "1", share="1/1") == set()
+
+
+def test_a_share_without_a_document_is_no_error(make, tmp_path):
+    names = ["1.jsonl", "2.jsonl", "3.jsonl"]
+    write(tmp_path / "data", dict(zip(names, (["one"], [""], ["", ""]), strict=True)))
+    assert set().union(*shares(make, names).values()) == {"one", ""}
+    assert not set().union(*shares(make, names).values()) - {""}
+    make(names, "fresh")
+    assert make(names, "after", "123") - {""} == set()
+    assert content(tmp_path / "after") == content(tmp_path / "fresh")
+
+
+def test_files_are_dealt_out_once_by_size_and_those_known_last(tmp_path):
+    sizes = {"a": 9, "b": 5, "c": 4, "d": 3, "e": 8}
+    for name, size in sizes.items():
+        (tmp_path / f"{name}.txt").write_text("x" * size)
+    two = Source.model_validate({})
+    paths = [tmp_path / f"{name}.txt" for name in sizes]
+    named = [("x", two, paths[:3]), ("y", two, paths[3:])]
+
+    def dealt(number, known=()):
+        return [
+            "".join(path.stem for _, _, ps in share_of(named, (i + 1, number), known) for path in ps)
+            for i in range(number)
+        ]  # fmt: skip
+
+    assert dealt(2) == ["acd", "be"] and dealt(9)[5:] == [""] * 4
+    assert dealt(2, {("x", "a.txt"), ("y", "a.txt")}) == ["de", "abc"]
+    assert parsed("2/8") == (2, 8)
+    for wrong in ("0/2", "3/2", "2", "a/b", "-1/2"):
+        with pytest.raises(RecipeError, match="2/8"):
+            parsed(wrong)

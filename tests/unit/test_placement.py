@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ placement:
         ("containr: {}", "did you mean `container`?"),
         ("placement: {sft: {default: {nodes: 3}}}", "batch_size 32 does not divide among 3 processes"),
         ("placement: {grpo: {default: {nodes: 2}}}", "grpo runs on one machine"),
+        ("placement: {tokenize: {corpus: {nodes: 2}}}", "`jobs` share its files"),
+        ("placement: {sft: {default: {jobs: 2}}}", ":1 placement.sft.default.jobs: sft is one job"),
+        ("placement: {tokenize: {corpus: {jobs: 0}}}", "placement.tokenize.corpus.jobs"),
         ("placement: {grpo: {default: {processes: 2}}}", "grpo is one process"),
         ("placement: {sft: {default: {processes: 4}}}", "4 processes, but 2 CPU cores"),
         ("machine: {cpus: 8, memory_gb: 64, gpus: 8}\nplacement: {sft: {default: {gpus: 16}}}", ":2 placement.sft.default.gpus: 16, but a machine has 8"),
@@ -108,3 +112,35 @@ placement:
     assert "--signal" not in str(tokenize["slurm_extra"]), "it could not resume"
     local = Workflow(store).resources("sft", "instruct")
     assert local == {"mem_mb": 100_000, "runtime": 240, "gpu": 8}
+
+
+JOBS = """
+placement:
+  default: {default: {jobs: 3}}
+  tokenize: {default: {minutes: 5, partition: small}}
+"""
+
+
+def test_jobs_share_the_files_of_a_node_and_its_placement(tmp_path: Path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(JOBS)
+    built = graph.build(CONFIG, file)
+    assert not built.shards, "one file is one job, and other stages are one"
+    node = built.nodes["tokenize/corpus"]
+    more = tuple(("--data", f"more=data/{i}.jsonl") for i in range(9))
+    several = graph.Graph([replace(node, parents=(), flags=node.flags + more)], "", [])
+    assert [*several.shards] == ["tokenize/corpus"]
+    assert [*several.jobs] == ["tokenize/corpus", *OF_THREE]
+    store = Store(graph.Graph.from_json(several.to_json()))
+    workflow = Workflow(store, file)
+    assert [f"tokenize/{name}" for name in workflow.shards("tokenize")] == OF_THREE
+    assert workflow.resources("tokenize", "corpus-2of3") == workflow.resources(
+        "tokenize", "corpus"
+    )
+    one = several.jobs["tokenize/corpus-2of3"]
+    assert one.manifest == "state/tokenize/corpus-2of3.json"
+    same = ("whole", "dvc", "outs", "params", "command", "name", "content")
+    assert all(getattr(one, key) == getattr(node, key) for key in same)
+
+
+OF_THREE = [f"tokenize/corpus-{i}of3" for i in (1, 2, 3)]

@@ -175,3 +175,32 @@ def test_a_run_is_active_while_it_plans_or_builds(holds: Any, lock: Path):
     assert not status.run_is_active()
     holds(lock)
     assert status.run_is_active()
+
+
+def test_a_node_that_several_jobs_make_is_one_line(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    two = "\n  two: {kind: documents, count: 9}\n"
+    text = CONFIG.read_text().replace("\n  corpus: {kind", f"{two}  corpus: {{kind", 1)
+    text = text.replace(
+        "tokenizer: tiny, data: corpus", "tokenizer: tiny, data: [corpus, two]"
+    )
+    CONFIG.write_text(text.rstrip() + "\n  tokenize: {default: {jobs: 8}}\n")
+    says(monkeypatch, """\
+30|COMPLETED|rule_tokenize/corpus-1of2|n1|None|0:09|30:00
+31|RUNNING|rule_tokenize/corpus-2of2|n2|None|0:10|30:00
+32|PENDING|rule_tokenize/corpus-1of4||Priority|0:00|30:00
+""")  # fmt: skip
+    Path("state/tokenize").mkdir(parents=True)
+    Path("state/tokenize/corpus-1of2.json").write_text("{}")
+    found = shown(capsys)
+    row = found["tokenize/corpus"]
+    assert (row["job"], row["machines"], row["state"]) == ("31", "n2", "running")
+    assert (row["time"], row["step"]) == ("0:10 of 30:00", "1 of 2 jobs")
+    assert "no such node" in found["tokenize/corpus-1of4"]["note"]
+    says(monkeypatch, "31|FAILED|rule_tokenize/corpus-2of2|n2|None|0:10|30:00\n")
+    log = Path("logs/slurm/rule_tokenize/corpus-2of2/31.log")
+    log.parent.mkdir(parents=True)
+    log.touch()
+    row = shown(capsys)["tokenize/corpus"]
+    assert (row["state"], row["log"]) == ("failed", str(log))
