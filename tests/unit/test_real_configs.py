@@ -144,6 +144,18 @@ def test_the_tiny_chain_is_planned_for_one_gpu():
     assert set(planned) == set(engines("config/config.yaml"))
 
 
+def test_every_method_is_planned_for_a_cpu():
+    nodes = graph.build(Path("config/methods.yaml")).nodes
+    assert {node.engine for node in nodes.values()} == {"transformers"}
+    assert {node.placement["gpus"] for node in nodes.values()} == {0}
+    methods = {
+        node.recipe.get("peft", {}).get("method") or node.recipe.get("algorithm")
+        for node in nodes.values()
+    }
+    assert methods >= {"lora", "dora", "grpo", "dapo"}
+    assert {"dpo", "rm"} <= {node.stage for node in nodes.values()}
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_config_is_refused_at_the_first_data_that_is_missing(name: str):
     with pytest.raises(UserError) as caught:

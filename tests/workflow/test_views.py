@@ -100,5 +100,5 @@ def test_the_readmes_table_names_each_stage_and_script():
     from scripts.lib.stages import STAGES
 
     for stage in STAGES.values():
-        script = "/".join((stage.script or stage.nvidia).split(".")) + ".py"
+        script = "/".join(stage.script.split(".")) + ".py"
         assert f"| `{stage.name}` |" in README and f"`{script}`" in README
