@@ -26,6 +26,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ QUANTITIES = {
     "loss": ("Loss", "nats a token"),
 }
 PAIRS = ("dpo", "rm")
+DASHES = ("dash", "dot", "dashdot", "longdash")
+"""Lines of several environments, told apart without their colour too."""
 TRAINED = ("pretrain", "sft", "dpo", "rm", "grpo")
 LONGEST_SAMPLE = 4000
 LONGEST_LABEL = 28
@@ -404,11 +407,15 @@ def curve(node: Node) -> dict[str, Any] | None:
         }
         traces = [data]
         if len(rewards) > 1:
-            layout |= {"showlegend": True, "legend": {"orientation": "h", "y": -0.3}}
+            above = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
+            layout |= {"height": 300, "showlegend": True, "legend": above}
+            layout |= {"margin": {"l": 56, "r": 16, "t": 36, "b": 44}}
             traces = [{**data, "name": "sum, weighted"}]
             traces += [
-                {**data, "x": r["steps"], "y": r["values"], "name": r["name"]}
-                for r in rewards
+                data
+                | {"x": r["steps"], "y": r["values"], "name": r["name"]}
+                | {"line": {"width": 2, "dash": dash}}
+                for r, dash in zip(rewards, cycle(DASHES), strict=False)
             ]
         return {
             "node": node,

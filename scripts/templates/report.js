@@ -6,6 +6,7 @@ specs.forEach((spec, index) => {
   const axis = { fixedrange: true, zeroline: false, ticks: "outside", ticklen: 6, tickcolor: "rgba(0,0,0,0)" };
   const layout = {
     showlegend: false,
+    margin: { l: 56, r: 16, t: 8, b: 44 },
     ...spec.layout,
     font,
     autosize: true,
@@ -13,7 +14,6 @@ specs.forEach((spec, index) => {
     hovermode: "closest",
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    margin: { l: 56, r: 16, t: 8, b: 44 },
     xaxis: { ...axis, ...spec.layout.xaxis },
     yaxis: { ...axis, ...spec.layout.yaxis },
   };
