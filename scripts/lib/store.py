@@ -667,12 +667,11 @@ def write_lock(repo: Repo, stage: PipelineStage) -> None:
 
     text = LOCK.read_text() if LOCK.exists() else EMPTY
     lines = dumps_yaml({"stages": to_lockfile(stage)}).splitlines(keepends=True)[1:]
-    if new := replaced(text, lines):
-        write_atomic(LOCK, new)
-        return
+    new = replaced(text, lines)
     whole = Path(repo.tmp_dir, LOCK.name)
-    whole.write_text(text)
-    Lockfile(repo, str(whole)).dump(stage)
+    whole.write_text(new or text)
+    if not new:
+        Lockfile(repo, str(whole)).dump(stage)
     whole.replace(LOCK)
 
 
