@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -26,7 +25,7 @@ from scripts.lib.lineage import (
     recorded,
     short,
 )
-from scripts.lib.run import number
+from scripts.lib.run import git, number
 from scripts.lib.stages import DATA, STAGES
 from scripts.lib.store import LOCK, PARAMS, differences, load_yaml, read_lock, shown
 
@@ -86,7 +85,7 @@ def resolved(revision: str) -> str:
     found = git(*words, f"{revision}^{{commit}}")
     if found is None:
         raise UserError(revision, "no such revision", "see git branch, git log")
-    return found.strip()
+    return found
 
 
 def at(commit: str, file: str) -> Any:
@@ -97,12 +96,6 @@ def at(commit: str, file: str) -> Any:
     except ruamel.error.YAMLError as error:
         what = str(error).splitlines()[0]
         raise UserError(f"{file} at {short(commit)}", f"not YAML: {what}") from error
-
-
-def git(*words: str) -> str | None:
-    """What git answers; None where it refuses."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None
 
 
 def differences_of(first: str, second: str) -> dict[str, Any]:

@@ -51,6 +51,14 @@ def files_in(folder: Path) -> list[str]:
     return sorted(Path(n).as_posix() for n in found)
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, which is there."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write by rename, so that the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -598,7 +598,7 @@ class _Builder:
         """What TRL, PEFT and Transformers lack."""
         key = (stage, name)
         dapo = getattr(settings, "algorithm", "grpo") == "dapo"
-        if dapo and settings.dynamic_sampling is not False:
+        if dapo and settings.draws_anew:
             raise self.error(
                 (*key, "dynamic_sampling"),
                 "TRL has no dynamic sampling, which is a part of dapo",

@@ -692,8 +692,8 @@ class Job:
             },
             "container": node.placement.get("container", {}).get("image"),
             "slurm_job": self.slurm or None,
-            "git_commit": _git("rev-parse", "HEAD"),
-            "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "git_commit": git("rev-parse", "HEAD"),
+            "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
             "host": socket.gethostname(),
             "machine": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
@@ -985,7 +985,8 @@ def tell_dvc(repo: Repo, memory: Memory, paths: Collection[str]) -> None:
         repo.state.save_many(known, repo.fs)
 
 
-def _git(*words: str) -> str | None:
+def git(*words: str) -> str | None:
+    """What git answers, stripped; None where it refuses or is not here."""
     try:
         done = subprocess.run(
             ["git", *words], capture_output=True, text=True, check=False

@@ -370,6 +370,11 @@ class GrpoRecipe(RlRecipe):
         Field("constant", description="Schedule after the warmup.")
     )
 
+    @property
+    def draws_anew(self) -> bool:
+        """Whether dynamic sampling, a part of DAPO, draws until answers differ."""
+        return self.algorithm == "dapo" and self.dynamic_sampling is not False
+
     def environments(self) -> dict[str, dict[str, Any]]:
         """The environments' settings by name, as `scripts.environments.mix` takes them."""
         return {

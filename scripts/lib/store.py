@@ -33,7 +33,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ruamel import yaml as ruamel
 
 from scripts.lib import identity
-from scripts.lib.digest import Cache, Kept, Memory, write_atomic
+from scripts.lib.digest import Cache, Kept, Memory, same_file, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.identity import LOCKS, locks_of
@@ -255,7 +255,7 @@ class Store:
             listed = self.cache.listing(recorded) if path.is_dir() else {"": recorded}
             for name, md5 in (listed or {}).items():
                 one = path / name if name else path
-                if str(one) not in memory.known and _same_file(
+                if str(one) not in memory.known and same_file(
                     one, self.cache.object(md5)
                 ):
                     memory.remember(one, md5)
@@ -624,13 +624,6 @@ def _content(path: Path) -> bytes:
 
 def _within(path: str, outs: list[str]) -> bool:
     return any(path == out or path.startswith(f"{out}/") for out in outs)
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except FileNotFoundError:
-        return False
 
 
 def _holder(lock: IO[str]) -> str:

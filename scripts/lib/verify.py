@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.lib import graph, identity, lineage
-from scripts.lib.digest import Memory, md5_file, on_all_cores
+from scripts.lib.digest import Memory, md5_file, on_all_cores, same_file
 from scripts.lib.errors import UserError
 from scripts.lib.lineage import (
     NAMED,
@@ -210,7 +210,7 @@ class _Check:
         there = {n: o for n, o in objects.items() if o.is_file()}
         if needed and len(there) < len(objects):
             return False
-        own = {n: o for n, o in there.items() if not _same(o, Path(path, n))}
+        own = {n: o for n, o in there.items() if not same_file(o, Path(path, n))}
         sums = on_all_cores([partial(md5_file, one) for one in own.values()])
         for (name, one), md5 in zip(own.items(), sums, strict=True):
             if md5 != expected[name]:
@@ -292,10 +292,3 @@ class _Check:
 def _few(ids: list[str]) -> str:
     more = f" and {len(ids) - FEW} more" if len(ids) > FEW else ""
     return ", ".join(ids[:FEW]) + more
-
-
-def _same(one: Path, other: Path) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False

@@ -19,9 +19,7 @@ from transformers import AutoTokenizer
 
 from scripts.environments import Messages, Row, Turn
 from scripts.environments.mix import Mix
-
-ANSWER = "<<an answer>>"
-"""Where a model's turn is, in a chat that is rendered."""
+from scripts.lib.rendering import after_answer
 
 
 @ray.remote
@@ -133,20 +131,8 @@ class Environments(EnvironmentInterface):  # type: ignore[misc]
         return messages
 
     def rendered(self, reply: str) -> str:
-        """A reply as the chat template writes it, up to where the model answers.
-
-        What follows an answer does not depend on it, but a template may write an
-        answer otherwise once a turn follows: Qwen3's leaves its thoughts out.
-        """
-        chat = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": ANSWER},
-            {"role": "user", "content": reply},
-        ]
-        text = self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True
-        )
-        after = str(text).partition(ANSWER)[2]
+        """A reply as the chat template writes it, up to where the model answers."""
+        after = after_answer(self.tokenizer, reply)
         return after.removeprefix(self.tokenizer.eos_token or "")  # the model wrote it
 
     def shutdown(self) -> None:

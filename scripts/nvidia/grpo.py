@@ -89,8 +89,7 @@ def configure(
     if limit := config.get("max_position_embeddings"):  # vLLM takes nothing longer
         length = min(length, limit - limit % several)
     num_prompts = recipe.batch_size // recipe.num_generations
-    dynamic = recipe.algorithm == "dapo" and recipe.dynamic_sampling is not False
-    drawn = num_prompts * (dapo.MULTIPLIER if dynamic else 1)
+    drawn = num_prompts * (dapo.MULTIPLIER if recipe.draws_anew else 1)
     if rows["train"] < drawn:  # NeMo-RL would end at once, as if all were well
         raise DataError(
             str(args.prompts / "train.jsonl"),
@@ -119,7 +118,7 @@ def configure(
         "env": {ENVIRONMENT: environment(recipe, args)},
     }
     if recipe.algorithm == "dapo":
-        meant = dapo.settings(recipe.max_completion_tokens, dynamic)
+        meant = dapo.settings(recipe.max_completion_tokens, recipe.draws_anew)
         rl.merge(settings, rl.nested(meant))
     return rl.merge(settings, rl.nested(recipe.overrides))
 

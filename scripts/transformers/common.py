@@ -16,17 +16,21 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from scripts.lib import cli, outputs
-from scripts.lib.errors import RecipeError
+from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import TrainingRecipe
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+Row = TypeVar("Row")
 
 NOT_DONE = cli.NOT_DONE
 MARKER = "whole.json"
@@ -309,6 +313,24 @@ def load_parent(parent: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         parent, dtype=torch.float32, trust_remote_code=False
     )
     return model, AutoTokenizer.from_pretrained(parent, trust_remote_code=False)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, parent: Path) -> None:
+    """Raise RecipeError where a parent's tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise RecipeError(str(parent), "its tokenizer has no chat template")
+
+
+def read_rows(path: Path, what: str, of: Callable[[Any], Row]) -> list[Row]:
+    """What `of` makes of a JSONL file's rows. Raises DataError where one is no `what`."""
+    rows = []
+    # by its lines alone: texts may hold other characters that end lines
+    for number, line in enumerate(StringIO(path.read_text(encoding="utf-8")), 1):
+        try:
+            rows.append(of(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}", f"not a {what}: {error!r}") from error
+    return rows
 
 
 def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

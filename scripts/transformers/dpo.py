@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     from trl import DPOConfig, DPOTrainer
 
     model, tokenizer = common.load_parent(args.parent)
-    pairs.check_template(tokenizer, args.parent)
+    common.check_template(tokenizer, args.parent)
     common.align(model, tokenizer)
     model.config.use_cache = False
     losses = {"sigmoid": 1.0}
@@ -51,10 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         eval_dataset=pairs.rows(held),
         processing_class=tokenizer,
     )
-    pairs.in_order(trainer, recipe)
-    if not common.train(trainer, recipe, args, "loss"):
+    if not pairs.train(trainer, recipe, args, model):
         return common.NOT_DONE
-    common.save_model(model, args.parent, args.out)
     names = {
         "rewards/accuracies": "accuracy",
         "rewards/chosen": "reward_chosen",

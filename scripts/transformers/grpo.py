@@ -5,9 +5,9 @@ Reads   --parent   Hugging Face folder with a chat template
         --prompts  folder with train.jsonl: input, output
         --recipe   YAML of one `grpo:` node
 Writes  --out      Hugging Face folder; metrics.jsonl: step, reward, reward_std, loss, lr,
-                   grad_norm, reward_<environment>, turns (where there are several), overlong_penalty (of dapo, before its
-                   weight), completion_tokens, entropy (nats/token), kl (nats/token,
-                   where beta > 0)
+                   grad_norm, reward_<environment>, turns (where there are several),
+                   overlong_penalty (of dapo, before its weight), completion_tokens,
+                   entropy (nats/token), kl (nats/token, where beta > 0)
 Raises  RecipeError, DataError before training; LossNotFinite with its step
 Resumes from the newest whole save in --work. Done at step == recipe.steps.
 Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
@@ -18,9 +18,7 @@ Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -111,17 +109,12 @@ def rollouts_of(
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Prompts of a JSONL file as TRL takes them."""
-    prompts = []
-    # by its lines alone: prompts may hold other characters that end lines
-    for number, line in enumerate(StringIO(path.read_text(encoding="utf-8")), 1):
-        try:
-            row = json.loads(line)
-            asked, answer = str(row["input"]), str(row["output"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}", f"not a prompt: {error!r}") from error
-        prompts.append(
-            {"prompt": [{"role": "user", "content": asked}], "output": answer}
-        )
+
+    def prompt(row: Any) -> dict[str, Any]:
+        asked, answer = str(row["input"]), str(row["output"])
+        return {"prompt": [{"role": "user", "content": asked}], "output": answer}
+
+    prompts = common.read_rows(path, "prompt", prompt)
     if not prompts:
         raise DataError(str(path), "holds no prompts")
     return prompts
@@ -141,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{recipe.batch_size} is no multiple of num_generations, "
             f"{recipe.num_generations}",
         )
-    if recipe.algorithm == "dapo" and recipe.dynamic_sampling is not False:
+    if recipe.draws_anew:
         raise RecipeError(
             f"{args.recipe} dynamic_sampling",
             "TRL has no dynamic sampling, which is a part of dapo",
@@ -154,8 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     from trl.rewards import get_soft_overlong_punishment
 
     model, tokenizer = common.load_parent(args.parent)
-    if not tokenizer.chat_template:
-        raise RecipeError(str(args.parent), "its tokenizer has no chat template")
+    common.check_template(tokenizer, args.parent)
     tokenizer.padding_side = "left"
     common.align(model, tokenizer)
     num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.lib import outputs
-from scripts.lib.errors import DataError, RecipeError
+from scripts.lib.errors import DataError
 from scripts.lib.schema import PairsRecipe
 from scripts.transformers import common
 
@@ -30,19 +28,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def read(path: Path) -> list[Pair]:
     """The pairs of a file that the stage `preferences` wrote."""
-    pairs = []
-    # by its lines alone: answers may hold other characters that end lines
-    for number, line in enumerate(StringIO(path.read_text(encoding="utf-8")), 1):
-        try:
-            row = json.loads(line)
-            sides = {
-                side: [{"role": "assistant", "content": str(row[side])}]
-                for side in ("chosen", "rejected")
-            }
-            pairs.append({"prompt": row["messages"], **sides})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}", f"not a pair: {error!r}") from error
-    return pairs
+
+    def pair(row: Any) -> Pair:
+        sides = {
+            side: [{"role": "assistant", "content": str(row[side])}]
+            for side in ("chosen", "rejected")
+        }
+        return {"prompt": row["messages"], **sides}
+
+    return common.read_rows(path, "pair", pair)
 
 
 def data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
@@ -76,18 +70,21 @@ def settings(
     }
 
 
-def in_order(trainer: Trainer, recipe: PairsRecipe) -> None:
-    """Put a trainer's pairs, each read once, in the order of the whole run."""
-    once = trainer.train_dataset
+def train(
+    trainer: Trainer, recipe: PairsRecipe, args: argparse.Namespace, model: Any
+) -> bool:
+    """Train on the pairs in the order of the whole run, and save the model.
+
+    Returns False where it was stopped sooner.
+    """
+    once = trainer.train_dataset  # each is read once
     wanted = recipe.steps * recipe.batch_size
     order = common.repeated(len(once), wanted, recipe.seed)
     trainer.train_dataset = once.select(order)
-
-
-def check_template(tokenizer: Any, parent: Path) -> None:
-    """Raise RecipeError where there is no chat template."""
-    if not tokenizer.chat_template:
-        raise RecipeError(str(parent), "its tokenizer has no chat template")
+    if not common.train(trainer, recipe, args, "loss"):
+        return False
+    common.save_model(model, args.parent, args.out)
+    return True
 
 
 def write_metrics(

@@ -48,7 +48,7 @@ def classifier(parent: Path) -> tuple[Any, Any]:
             "start from a transformer: Llama, Qwen",
         )
     tokenizer = AutoTokenizer.from_pretrained(parent, trust_remote_code=False)
-    pairs.check_template(tokenizer, parent)
+    common.check_template(tokenizer, parent)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     config.num_labels, config.use_cache = 1, False
@@ -75,10 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         eval_dataset=pairs.rows(held),
         processing_class=tokenizer,
     )
-    pairs.in_order(trainer, recipe)
-    if not common.train(trainer, recipe, args, "loss"):
+    if not pairs.train(trainer, recipe, args, model):
         return common.NOT_DONE
-    common.save_model(model, args.parent, args.out)
     for entry in trainer.state.log_history:
         if "margin" in entry:
             entry["chosen"] = entry["mean_reward"] + entry["margin"] / 2

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.environments import Messages, Row
 from scripts.environments.mix import Mix
+from scripts.lib.rendering import after_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import GRPOTrainer
-
-ANSWER = "<<an answer>>"
-"""Where a model's turn is, in a chat that is rendered."""
 
 
 @dataclass
@@ -102,21 +100,11 @@ class Rollouts:
         return going
 
     def rendered(self, reply: str, before: int) -> list[int]:
-        """A reply as the chat template writes it, up to where the model answers.
+        """A reply's tokens, up to where the model answers.
 
-        What follows an answer does not depend on it, but a template may write an
-        answer otherwise once a turn follows: Qwen3's leaves its thoughts out. `before`
-        is the model's last token: where it was cut, the answer is ended for it.
+        `before` is the model's last token: where it was cut, the answer is ended for it.
         """
-        chat = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": ANSWER},
-            {"role": "user", "content": reply},
-        ]
-        text = self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True
-        )
-        after = str(text).partition(ANSWER)[2]
+        after = after_answer(self.tokenizer, reply)
         if before == self.tokenizer.eos_token_id:
             after = after.removeprefix(str(self.tokenizer.eos_token))
         ids: list[int] = self.tokenizer(after, add_special_tokens=False)["input_ids"]

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 
-from scripts.data import tokenize, tokenizer
+from scripts.data import tokenize
 from scripts.data.documents import DocumentEncoder
 from scripts.data.share import parsed, share_of
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import Source
+from tests.unit.conftest import run
 
 FILES = {
     "1.jsonl": ["one two", "", "zwölf 🙂"],
@@ -17,20 +18,6 @@ FILES = {
     "3.txt": ["three\n\nthree"],
     "4.jsonl": [f"four {i}" for i in range(50)],
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write(folder / "data", {"a.jsonl": ["one two three four"] * 9})
-    run(tokenizer, folder / "made", "vocab_size: 280", f"--data=a={folder / 'data'}")
-    return folder / "made"
-
-
-def run(stage, out, recipe, *flags):
-    path = out.with_name(f"{out.name}.yaml")
-    path.write_text(recipe)
-    assert stage.main(["--recipe", str(path), "--out", str(out), *flags]) == 0
 
 
 def write(folder, files):

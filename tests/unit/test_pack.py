@@ -18,6 +18,7 @@ from pyarrow import parquet
 from scripts.data import fast, pack, tokenizer
 from scripts.data.fast import Encoder
 from scripts.lib.errors import DataError
+from tests.unit.conftest import run
 
 TEMPLATE = "config/models/tiny/chat_template.jinja"
 TEMPLATES = [
@@ -64,13 +65,6 @@ def made_chats(count):
 
 
 CHATS = made_chats(120)
-
-
-def run(stage, out, recipe, *flags):
-    path = out.with_name(f"{out.name}.yaml")
-    path.write_text(recipe)
-    assert stage.main(["--recipe", str(path), "--out", str(out), *flags]) == 0
-    return out
 
 
 def lines(path, chats):

@@ -9,6 +9,7 @@ import transformers
 from scripts.data import generate, preferences, prompts, tokenizer
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import Generate
+from tests.unit.conftest import run
 
 TEMPLATE = "config/models/tiny/chat_template.jinja"
 
@@ -34,13 +35,6 @@ KEPT = [
     for row in ROWS
 ]
 TALK = [{"role": "system", "content": "Be brief."}, user("a"), assistant("b")]
-
-
-def run(stage, out, recipe, *flags):
-    path = out.with_name(f"{out.name}.yaml")
-    path.write_text(recipe)
-    assert stage.main(["--recipe", str(path), "--out", str(out), *flags]) == 0
-    return out
 
 
 def lines(path, rows):

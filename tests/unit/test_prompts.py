@@ -6,17 +6,11 @@ import pytest
 
 from scripts.data import prompts, tokenizer
 from scripts.lib.errors import DataError, RecipeError
+from tests.unit.conftest import run
 
 TEMPLATE = "config/models/tiny/chat_template.jinja"
 ROWS = [{"input": f"{a}+1=", "output": str(a + 1), "id": a} for a in range(40)]
 KEPT = [{"input": row["input"], "output": row["output"]} for row in ROWS]
-
-
-def run(stage, out, recipe, *flags):
-    path = out.with_name(f"{out.name}.yaml")
-    path.write_text(recipe)
-    assert stage.main(["--recipe", str(path), "--out", str(out), *flags]) == 0
-    return out
 
 
 def lines(path, rows):

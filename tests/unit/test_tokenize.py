@@ -13,32 +13,14 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from scripts.data import fast, tokenize, tokenizer
+from scripts.data import fast, tokenize
 from scripts.data.documents import DocumentEncoder
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.indexed import IndexedReader
+from tests.unit.conftest import run
 
 EOS = 1
 TEXTS = ["one two", "", "three <eos> four", "zwölf 🙂 漢字", "one two"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    lines(folder / "corpus.jsonl", ["one two three four"] * 9)
-    run(
-        tokenizer,
-        folder / "made",
-        "vocab_size: 280",
-        f"--data=corpus={folder / 'corpus.jsonl'}",
-    )
-    return folder / "made"
-
-
-def run(stage, out, recipe, *flags):
-    path = out.with_name(f"{out.name}.yaml")
-    path.write_text(recipe)
-    assert stage.main(["--recipe", str(path), "--out", str(out), *flags]) == 0
 
 
 def lines(path, texts):
