@@ -66,6 +66,11 @@ class Code:
         self.sandbox = Sandbox(Limits(seconds, memory_mb), workers)
         self.partial = partial
 
+    @staticmethod
+    def check_row(row: Row) -> None:
+        """Raise DataError where a row's assertions cannot be judged."""
+        row_plan(row)
+
     def step(self, messages: Messages, row: Row) -> float:
         """The reward of one program."""
         return self.steps([messages], [row])[0]

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,15 @@ def load(name: str, path: str | None) -> Any:
             f"cannot be imported: {type(error).__name__}: {error}",
             f"see that {file} can be run and has a class {kind}",
         ) from error
+
+
+def check_rows(settings: Mapping[str, Mapping[str, Any]], rows: Iterable[Row]) -> None:
+    """Raise DataError for the first row that an environment of ours cannot judge."""
+    ours = [name for name, found in settings.items() if "import" not in found]
+    checks = [getattr(load(name, None), "check_row", None) for name in ours]
+    for row in rows:
+        for check in filter(None, checks):
+            check(row)
 
 
 def own_file(path: str) -> tuple[Path, str]:

@@ -69,6 +69,11 @@ class SlidingPuzzle:
             )
         self.max_moves, self.illegal_reward = max_moves, illegal_reward
 
+    @staticmethod
+    def check_row(row: Row) -> None:
+        """Raise DataError for a row that is no puzzle."""
+        boards(row)
+
     def step(self, messages: Messages, row: Row) -> Turn:
         """Play the model's last turn."""
         board, goal = boards(row)

@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.environments.mix import check_rows
 from scripts.lib import cli, dapo
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import GrpoRecipe
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     rl.prepare(args)
     config = rl.open_parent(args)
     longest = check_template(args.parent, args.prompts)
-    rows = {name: copy_rows(args, name) for name in ("train", "validation")}
+    judges = recipe.environments()
+    rows = {name: copy_rows(args, name, judges) for name in ("train", "validation")}
     settings = configure(recipe, args, config, longest, rows)
     watch, done = rl.run(
         "grpo", args, settings, recipe.steps, "reward", register_environment
@@ -191,28 +193,33 @@ def environment(recipe: GrpoRecipe, args: Any) -> dict[str, Any]:
     }
 
 
-def copy_rows(args: Any, name: str) -> int:
+def copy_rows(args: Any, name: str, environments: dict[str, dict[str, Any]]) -> int:
     """Give NeMo-RL a file's prompts, each with its own number for an answer.
 
-    Its reader keeps nothing else of a row; the environment looks the row up.
+    Its reader keeps nothing else of a row; the environment looks the row up. Raises
+    DataError for a row that is no prompt, or that no environment can judge.
     """
     source, target = (
         args.prompts / f"{name}.jsonl",
         args.work / "rows" / f"{name}.jsonl",
     )
     target.parent.mkdir(exist_ok=True)
-    num_rows = 0
-    with open(source, encoding="utf-8") as rows, open(target, "w") as file:
-        for num_rows, line in enumerate(rows, 1):
+    rows = []
+    with open(source, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
             try:
-                asked = json.loads(line)["input"]
+                row = json.loads(line)
+                rows.append({"input": row["input"], "output": row["output"]})
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"{source}:{num_rows}", f"no prompt: {error!r}"
+                    f"{source}:{number}", f"no prompt: {error!r}"
                 ) from error
-            row = {"input": asked, "output": f"{name} row {num_rows}"}
+    check_rows(environments, rows)
+    with open(target, "w") as file:
+        for number, row in enumerate(rows, 1):
+            row = {"input": row["input"], "output": f"{name} row {number}"}
             file.write(json.dumps(row) + "\n")
-    return num_rows
+    return len(rows)
 
 
 def check_template(parent: Path, prompts: Path) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from scripts.environments.mix import Mix
+from scripts.environments.mix import Mix, check_rows
 from scripts.lib import cli, dapo, outputs
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import GrpoRecipe
@@ -141,6 +141,10 @@ def main(argv: list[str] | None = None) -> int:
             "dynamic_sampling: false trains by the rest of it",
         )
     prompts = read_prompts(args.prompts / "train.jsonl")
+    check_rows(
+        recipe.environments(),
+        ({"input": p["prompt"][-1]["content"], "output": p["output"]} for p in prompts),
+    )
     common.prepare(recipe)
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer

@@ -138,7 +138,7 @@ def test_programs_run_in_the_sandbox(
     """What the model says is a program where it is a number alone."""
     rows = tmp_path / "rows.jsonl"
     asked = (stages.inputs / "arithmetic/rows.jsonl").read_text().splitlines()
-    lines = [json.loads(line) | {"output": "assert 1 + 1 == 2"} for line in asked]
+    lines = [json.loads(line) | {"output": "assert __doc__ is None"} for line in asked]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = make_prompts(stages.inputs, rows, tmp_path)
     recipe = GRPO | {"steps": 3, "environment": "code"}

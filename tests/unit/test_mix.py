@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from scripts.environments import Messages, mix
-from scripts.environments.mix import MOST_FAULTS, Mix
+from scripts.environments.mix import MOST_FAULTS, Mix, check_rows
 from scripts.environments.sliding_puzzle import board_row, boards
-from scripts.lib.errors import UserError
+from scripts.lib.errors import DataError, UserError
 from tests.unit.test_sliding_puzzle import solution
 
 SUM = {"input": "What is 6 * 7?", "output": "42"}
@@ -184,3 +184,13 @@ def test_a_scripted_policy_plays_a_puzzle_to_its_end() -> None:
     assert totals == [3.0] * len(rows)
     assert all(log[-1]["role"] == "assistant" for log in logs)
     assert all(f.count == 0 for f in environments.faults.values())
+
+
+def test_rows_that_cannot_be_judged_are_found_before_any_answer():
+    idle = {"input": "Write add.", "output": "assert 1 + 1 == 2"}
+    with pytest.raises(DataError, match="asserts nothing of the program"):
+        check_rows({"math": {}, "code": {}}, [idle])
+    with pytest.raises(DataError, match="has no board"):
+        check_rows({"sliding_puzzle": {}}, [SUM])
+    own = {"code": {"import": "tests.unit.test_mix:Own"}}  # judges as it likes
+    check_rows({"math": {}, "tool_use": {}} | own, [SUM, idle])

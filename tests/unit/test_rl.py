@@ -828,7 +828,7 @@ def test_a_row_is_known_by_its_number_where_its_text_holds_odd_line_ends(make: A
     asked = ["1 + 1", "one\u2028two\x85three\r\nfour", "Ünïcode", ""]
     rows = [{"input": text, "output": "2", "id": 7} for text in asked]
     write_rows(args.prompts / "train.jsonl", rows)
-    assert grpo.copy_rows(args, "train") == 4
+    assert grpo.copy_rows(args, "train", {"math": {}}) == 4
     assert read_rows(args.work / "rows/train.jsonl") == [
         {"input": text, "output": f"train row {number}"}
         for number, text in enumerate(asked, 1)
@@ -841,7 +841,14 @@ def test_a_row_without_a_prompt_is_named(make: Any, line: str):
     path = write_rows(args.prompts / "train.jsonl", [{"input": "1", "output": "1"}])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=r"train\.jsonl:2: no prompt: "):
-        grpo.copy_rows(args, "train")
+        grpo.copy_rows(args, "train", {})
+
+
+def test_a_row_that_the_environment_cannot_judge_is_named_before_training(make: Any):
+    args = make()
+    write_rows(args.prompts / "train.jsonl", [{"input": "Add.", "output": "no tests"}])
+    with pytest.raises(DataError, match=r"row 'Add\.': `output` cannot be judged"):
+        grpo.copy_rows(args, "train", {"code": {}})
 
 
 @pytest.fixture(scope="module")
