@@ -10,6 +10,8 @@ PIPELINE = Workflow.at_start(workflow)
 
 nodes = PIPELINE.nodes
 shards = PIPELINE.shards
+sweeps = PIPELINE.sweeps
+of_sweep = PIPELINE.of_sweep
 every = PIPELINE.every
 before = PIPELINE.before
 manifest = PIPELINE.manifest

@@ -34,7 +34,7 @@ from scripts.lib.schema import (
     Placement,
     Released,
 )
-from scripts.lib.stages import DATA, MODELS, PARENTS, STAGES, STARTED
+from scripts.lib.stages import CANDIDATES, DATA, MODELS, PARENTS, STAGES, STARTED
 
 Refusal = Callable[[str, str, str], ConfigError]
 """An error at a placement key: the key, what is wrong, what to do."""
@@ -81,6 +81,10 @@ class Node:
     packages: dict[str, str] = field(default_factory=dict)
     placement: dict[str, Any] = field(default_factory=dict)
     engine: Engine = "transformers"
+    sweep: str = ""
+    """The name in the config of the sweep that it is of."""
+    varied: dict[str, Any] = field(default_factory=dict)
+    """Its values of what that varies."""
     share: str = ""
     """Of a job that makes a part of the node, which: `2of8`."""
 
@@ -155,7 +159,8 @@ class Node:
 class Graph:
     """All nodes by id, parents before children.
 
-    `shards` has those of each node that several jobs make, `jobs` all by their ids.
+    `shards` has those of each node that several jobs make, `jobs` all by their ids;
+    `sweeps` the ids of each sweep's nodes.
     """
 
     def __init__(self, nodes: list[Node], config: str, files: list[str]) -> None:
@@ -173,6 +178,10 @@ class Graph:
         self.shards = {id: found for id, found in shared.items() if found}
         several = [one for found in self.shards.values() for one in found]
         self.jobs = self.nodes | {one.id: one for one in several}
+        self.sweeps: dict[str, list[str]] = {}
+        for node in self.nodes.values():
+            if node.sweep:
+                self.sweeps.setdefault(f"{node.stage}/{node.sweep}", []).append(node.id)
         self.data: dict[str, frozenset[str]] = {}
         self.place = {id: place for place, id in enumerate(self.nodes)}
         self.below: dict[str, list[str]] = {id: [] for id in self.nodes}
@@ -451,12 +460,14 @@ class _Builder:
                 at = lines.where("placement", stage)
                 if stage != "default" and stage not in STAGES:
                     raise ConfigError(at, "no such stage", nearest(stage, [*STAGES]))
+                sweeps = [at[1] for at in self.lines.made.values() if at[0] == stage]
+                known = {*self.sections.get(stage, {}), *sweeps}
                 for name in placed:
-                    if name != "default" and name not in self.sections.get(stage, {}):
+                    if name != "default" and name not in known:
                         raise ConfigError(
                             lines.where("placement", stage, name),
                             "no such node",
-                            nearest(name, [*self.sections.get(stage, {})]),
+                            nearest(name, sorted(known)),
                         )
         return Graph(nodes, str(path), [str(f) for f in files])
 
@@ -488,11 +499,70 @@ class _Builder:
                     parent[id] = self.ref((stage, name, "from"), node.from_, PARENTS)
                 self.rewards[id] = self.rewarded_by(stage, name, node)
                 above[id] = [*self.rewards[id], *filter(None, [parent.get(id)])]
+        for name, node in self.sections["eval"].items():
+            key = ("eval", name, "from")
+            above[f"eval/{name}"] = [self.ref(key, n, MODELS) for n in node.from_]
+        self.parent = parent
+        self.scored: dict[str, dict[str, tuple[str, str]]] = {}
+        for name, node in self.sections["best"].items():
+            id = f"best/{name}"
+            self.scored[id] = self.scores_of(name, node, above)
+            parent[id] = next(iter(self.scored[id]))  # all are of one model
+            evals = [e for e, _ in self.scored[id].values() if e]
+            above[id] = [*self.scored[id], *evals]
         for start in above:
             if circle := path_to(start, above):
                 stage, name = start.split("/")
                 raise self.error((stage, name, "from"), f"a cycle: {circle}")
-        self.parent = parent
+
+    def measure(self, name: str, node: Any) -> tuple[str, list[str]]:
+        """What a best node goes by, as its recipe says it, and the evals that score it.
+
+        `eval.node.task`, or `metrics.key`, for which no eval is needed.
+        """
+        key = ("best", name, "by")
+        kind, _, rest = node.by.replace("/", ".").partition(".")
+        if kind == "metrics" and rest:
+            return f"{kind}.{rest}", []
+        wanted, _, task = (rest if kind == "eval" and rest else node.by).partition(".")
+        known = {
+            n: self.lines.made.get(("eval", n), ("", n))[1] for n in self.config.eval
+        }
+        evals = [n for n, sweep in known.items() if wanted in (n, sweep)]
+        if not evals:
+            hint = nearest(wanted, list(dict.fromkeys(known.values())))
+            raise self.error(key, f"no such eval node: {wanted}", hint)
+        tasks = [*self.config.eval[evals[0]].tasks]
+        if not task and len(tasks) > 1:
+            hint = f"name one: {wanted}.{tasks[0]}; there are: {', '.join(tasks)}"
+            raise self.error(key, f"{wanted} has several tasks", hint)
+        if task and task not in tasks:
+            hint = nearest(task, tasks)
+            raise self.error(key, f"no such task of {wanted}: {task}", hint)
+        return f"eval.{wanted}.{task or tasks[0]}", [f"eval/{n}" for n in evals]
+
+    def scores_of(
+        self, name: str, node: Any, above: dict[str, list[str]]
+    ) -> dict[str, tuple[str, str]]:
+        """Of each candidate of a best node the eval that scores it, and as which node.
+
+        That is the candidate, or an export of it; both empty where metrics count.
+        """
+        key = ("best", name)
+        ids = [self.ref((*key, "from"), n, CANDIDATES) for n in node.from_]
+        by, evals = self.measure(name, node)
+        found: dict[str, tuple[str, str]] = {}
+        for id in ids:
+            exports = [e for e, p in self.parent.items() if p == id and "export/" in e]
+            ways = [(e, n) for n in (id, *exports) for e in evals if n in above[e]]
+            if evals and not ways:
+                raise self.error(
+                    (*key, "by"),
+                    f"{by} has no score of {id}, nor of an export of it",
+                    f"name it, or its sweep, in eval.{by.split('.')[1]}.from",
+                )
+            found[id] = ways[0] if evals else ("", "")
+        return found
 
     def rewarded_by(self, stage: str, name: str, node: Any) -> list[str]:
         """The reward models among a node's environments."""
@@ -541,7 +611,14 @@ class _Builder:
             identity.versions(spec.packages_of(engine), engine),
             self.placement(stage, name, engine),
             engine,
+            self.sweep_of(stage, name),
+            self.lines.varied.get((stage, name), {}),
         )
+
+    def sweep_of(self, stage: str, name: str) -> str:
+        """The name in the config of the sweep that a node is of, if it is."""
+        is_of_sweep = (stage, name) in self.lines.varied
+        return self.lines.made[stage, name][1] if is_of_sweep else ""
 
     def code(self, script: str, modules: list[str]) -> dict[str, str]:
         """A script's code, and that of modules which it finds by name."""
@@ -629,7 +706,9 @@ class _Builder:
         model = ClusterPlacement if self.cluster else Placement
         merged: dict[str, Any] = {}
         at: dict[str, tuple[Lines, Key]] = {}
-        for s, n in (("default", "default"), (stage, "default"), (stage, name)):
+        sweep = self.sweep_of(stage, name) or "default"
+        of_stage = [(stage, n) for n in dict.fromkeys(("default", sweep, name))]
+        for s, n in (("default", "default"), *of_stage):
             for source, lines in self.places:
                 for key, value in source.get(s, {}).get(n, {}).items():
                     here: Key = ("placement", s, n, key)
@@ -661,8 +740,8 @@ class _Builder:
             for_it = {key for key, (_, here) in at.items() if here[1] != "default"}
             self.check_of_nvidia(stage, placed, for_it, refuse)
             self.check_processes(stage, name, placed, refuse)
-        of_stage = "jobs" in at and at["jobs"][1][1] != "default"
-        if of_stage and placed.jobs > 1 and not STAGES[stage].by_file:
+        jobs_of_stage = "jobs" in at and at["jobs"][1][1] != "default"
+        if jobs_of_stage and placed.jobs > 1 and not STAGES[stage].by_file:
             several = ", ".join(one.name for one in STAGES.values() if one.by_file)
             raise refuse(
                 "jobs", f"{stage} is one job", f"jobs: 1; {several} can be more"
@@ -870,6 +949,11 @@ class _Builder:
                 key, f"no such model: {model} (of config/models)", nearest(model, known)
             )
         return file, self.json_of(file)
+
+    def definition_of(self, id: str) -> str:
+        """The file of that, or where it is."""
+        known = self.model_config(id)
+        return known[0] if known else "none here"
 
     def json_of(self, file: str) -> dict[str, Any]:
         if file not in self.definitions:
@@ -1111,6 +1195,37 @@ class _Builder:
         parts["flags"].append(("--preferences", self.content(pairs)))
         return parts
 
+    def of_best(self, name: str, node: Any) -> dict[str, Any]:
+        key = ("best", name)
+        scored = self.scored[f"best/{name}"]
+        for what, of in (
+            ("tokenizer", self.tokenizer_of),
+            ("model definition", self.definition_of),
+        ):
+            found = {of(one): one for one in scored}
+            if len(found) > 1:
+                said = ", ".join(f"{value} of {id}" for value, id in found.items())
+                raise self.error((*key, "from"), f"more than one {what}: {said}")
+        flags, artifacts, parents = [], [], []
+        for id, (by, _) in scored.items():
+            metrics = f"artifacts/{id}/metrics.jsonl"
+            score = self.content(by) if by else metrics
+            flags += [("--candidate", f"{id}={self.content(id)}")]
+            flags += [("--score", f"{id}={score}")]
+            artifacts += [self.content(id), score]
+            parents += [id, by] if by else [id]
+        exports = {id: n for id, (_, n) in scored.items() if n not in ("", id)}
+        return {
+            "parents": parents,
+            "flags": flags,
+            "artifacts": list(dict.fromkeys(artifacts)),
+            "recipe": {
+                "by": self.measure(name, node)[0],
+                "candidates": [*scored],
+                "scored": exports,
+            },
+        }
+
     def of_export(self, name: str, node: Any) -> dict[str, Any]:
         parent = self.parent[f"export/{name}"]
         return {"parents": [parent], "flags": [("--parent", self.content(parent))]}
@@ -1153,12 +1268,12 @@ class _Builder:
         for id in evals:
             stage, eval_name = id.split("/")
             for model in self.sections[stage][eval_name].from_:
-                above = self.ref(key, model, MODELS)
-                while True:
+                todo = [self.ref(key, model, MODELS)]
+                while todo:
+                    above = todo.pop()
                     shown += [above, *self.rewards.get(above, [])]
-                    if above not in self.parent:
-                        break
-                    above = self.parent[above]
+                    starts = [self.parent[above]] if above in self.parent else []
+                    todo += reversed([*self.scored.get(above, starts)])
         trained = [i for i in dict.fromkeys(shown) if STAGES[i.split("/")[0]].trains]
         return {
             "parents": [*trained, *evals],

@@ -43,9 +43,17 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.at: dict[Key, tuple[Path, int]] = {}
+        self.made: dict[Key, Key] = {}
+        """Of a node that is not in the config itself: the key that made it."""
+        self.varied: dict[Key, dict[str, Any]] = {}
+        """Of a node of a sweep: its values of what is varied."""
 
     def where(self, *key: str) -> str:
         """`file:line key` of the key, or of the nearest one above it."""
+        if made_by := self.made.get(key[:2]):
+            swept = (*made_by, "sweep", ".".join(key[2:]))
+            of_best = (*made_by, "best") if key[2:] == made_by[2:] else swept
+            key = of_best if of_best in self.at else (*made_by, *key[2:])
         for length in range(len(key), 0, -1):
             if key[:length] in self.at:
                 path, line = self.at[key[:length]]
@@ -215,14 +223,14 @@ def read_config(path: Path) -> tuple[dict[str, Any], Lines, list[Path]]:
     return merged, lines, [p for p, _ in chain]
 
 
-def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+def models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
     """The pydantic models an annotation may hold, through dicts and unions."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (dict, list, Union, types.UnionType):
-        return [m for a in typing.get_args(annotation) for m in _models_in(a)]
+        return [m for a in typing.get_args(annotation) for m in models_in(a)]
     if hasattr(annotation, "__metadata__"):
-        return _models_in(typing.get_args(annotation)[0])
+        return models_in(typing.get_args(annotation)[0])
     return []
 
 
@@ -234,7 +242,7 @@ def _allowed_keys(
         field = next(
             (f for n, f in model.model_fields.items() if (f.alias or n) == part), None
         )
-        inner = _models_in(field.annotation) if field else []
+        inner = models_in(field.annotation) if field else []
         if inner:
             model = inner[0]
     return [f.alias or n for n, f in model.model_fields.items()]
@@ -275,7 +283,10 @@ def load_config(path: Path) -> tuple[Config, Lines, list[Path]]:
 
     Raises ConfigError naming every mistake the schema can see.
     """
+    from scripts.lib.sweep import expand
+
     merged, lines, files = read_config(path)
+    expand(merged, lines)
     return _validated(Config, merged, lines), lines, files
 
 
@@ -290,9 +301,10 @@ def _validated(model: type[Model], merged: dict[str, Any], lines: Lines) -> Mode
         return model.model_validate(merged)
     except pydantic.ValidationError as invalid:
         errors = invalid.errors()
-        shown = [explain(e, lines, model) for e in errors[:SHOWN_ERRORS]]
-        if len(errors) > SHOWN_ERRORS:
-            shown.append(f"and {len(errors) - SHOWN_ERRORS} more")
+        said = [*dict.fromkeys(explain(e, lines, model) for e in errors)]
+        shown = said[:SHOWN_ERRORS]
+        if len(said) > SHOWN_ERRORS:
+            shown.append(f"and {len(said) - SHOWN_ERRORS} more")
         raise ConfigError(*_split("\n".join(shown))) from invalid
 
 

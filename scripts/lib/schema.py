@@ -204,6 +204,16 @@ class TrainingRecipe(Strict):
     seed: int = Field(17, description="Seed of weights, order and sampling.")
 
 
+class Swept(Strict):
+    """A node that trains, and may be a grid of nodes."""
+
+    sweep: dict[str, list[Any]] | None = Field(
+        None,
+        description="Makes a grid of nodes: lists of values by key, also "
+        "`peft.rank` or `overrides.section.key`.",
+    )
+
+
 class MegatronRecipe(TrainingRecipe):
     """What only Megatron-Bridge can be told."""
 
@@ -234,7 +244,7 @@ class PretrainRecipe(MegatronRecipe):
     sequence_length: Positive = Field(description="Tokens a sequence.")
 
 
-class Pretrain(PretrainRecipe):
+class Pretrain(PretrainRecipe, Swept):
     model: str = Field(description="Folder in config/models with a config.json.")
     data: str = Field(description="Tokenize node.")
 
@@ -265,12 +275,21 @@ class Released(Strict):
     )
 
 
+class Chosen(Strict):
+    """The best of several nodes: a `best:` node, made of this."""
+
+    best: Names = Field(description="As its `from`.")
+    by: str = Field(description="As its `by`.")
+
+
 def _parent(value: object) -> object:
     """Leave one of two forms to check, so that a mistake is said of that form."""
     if isinstance(value, dict):
         return Released.model_validate(value)
     if not isinstance(value, str):
-        raise PydanticCustomError("parent", "Should be a node, or `{hf: ...}`")
+        raise PydanticCustomError(
+            "parent", "Should be a node, `{hf: ...}`, or `{best: ..., by: ...}`"
+        )
     return value
 
 
@@ -287,7 +306,7 @@ class SftRecipe(MegatronRecipe):
     parent: Released | None = Field(None, exclude=True)
 
 
-class Sft(SftRecipe):
+class Sft(SftRecipe, Swept):
     from_: Parent = Field(
         alias="from",
         description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
@@ -402,7 +421,7 @@ class DpoRecipe(PairsRecipe):
     )
 
 
-class Dpo(DpoRecipe):
+class Dpo(DpoRecipe, Swept):
     from_: Parent = Field(
         alias="from",
         description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
@@ -414,7 +433,7 @@ class RmRecipe(PairsRecipe):
     """Train a reward model (Bradley-Terry): one number for an answer."""
 
 
-class Rm(RmRecipe):
+class Rm(RmRecipe, Swept):
     from_: Parent = Field(
         alias="from",
         description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
@@ -422,12 +441,40 @@ class Rm(RmRecipe):
     data: str = Field(description="Preferences node.")
 
 
-class Grpo(GrpoRecipe):
+class Grpo(GrpoRecipe, Swept):
     from_: Parent = Field(
         alias="from",
         description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
     )
     data: str = Field(description="Prompts node.")
+
+
+class BestRecipe(Strict):
+    """Take of several nodes the one that scores best."""
+
+    by: str = Field(description="`eval.node.task` or `metrics.key`.")
+    candidates: Annotated[list[str], Field(min_length=1)] = Field(
+        description="Nodes, in the order of the config."
+    )
+    scored: dict[str, str] = Field(
+        {}, description="Of a node that was not scored itself, the export that was."
+    )
+
+
+class Best(Strict):
+    """Take of several nodes the one that scores best: its model, and `choice.json`.
+
+    The highest score counts, of a `loss` the lowest; of equals the first one named. A
+    node that no eval scores has the score of its export.
+    """
+
+    from_: Names = Field(
+        alias="from", description="A sweep, or nodes: of stages that train."
+    )
+    by: str = Field(
+        description="An eval node, with `.task` where it has several; or "
+        "`metrics.loss`: a key of their metrics, of which the last line counts."
+    )
 
 
 class ExportRecipe(Strict):
@@ -695,6 +742,7 @@ class Config(Strict):
     dpo: dict[NodeName, Dpo] = {}
     rm: dict[NodeName, Rm] = {}
     grpo: dict[NodeName, Grpo] = {}
+    best: dict[NodeName, Best] = {}
     export: dict[NodeName, Export] = {}
     eval: dict[NodeName, Eval] = {}
     report: dict[NodeName, Report] = {}

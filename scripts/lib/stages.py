@@ -188,6 +188,14 @@ STAGES: dict[str, Stage] = {
             nvidia_flags=_RL_FLAGS,
         ),
         Stage(
+            "best",
+            "scripts.best",
+            "model",
+            schema.Best,
+            schema.BestRecipe,
+            beside=("choice.json",),
+        ),
+        Stage(
             "export",
             "scripts.transformers.export",
             "model",
@@ -223,11 +231,14 @@ STAGES: dict[str, Stage] = {
 DATA = ("generate", "tokenizer", "tokenize", "pack", "prompts", "preferences")
 """Stages that prepare data; they run on CPUs and finish before training starts."""
 
-MODELS = ("pretrain", "sft", "dpo", "grpo", "export")
+MODELS = ("pretrain", "sft", "dpo", "grpo", "best", "export")
 """Stages whose artifact is a language model; their nodes' names are unique together."""
 
 STARTED = ("sft", "dpo", "rm", "grpo", "export")
 """Stages that start from a model: their nodes say `from`."""
 
-PARENTS = ("pretrain", "sft", "dpo", "grpo")
+CANDIDATES = ("pretrain", "sft", "dpo", "grpo")
+"""Stages whose nodes the best can be taken of."""
+
+PARENTS = (*CANDIDATES, "best")
 """Stages that a post-training node may start from."""

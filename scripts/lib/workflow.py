@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import os
 import sys
@@ -61,6 +62,7 @@ class Workflow:
             )
         there = cluster_file(workflow)
         store = Store(graph.build(given[0] if given else plan.chosen_config(), there))
+        check_targets(workflow, store.graph)
         store.sync()
         plan.announce(store)
         if there:
@@ -77,6 +79,15 @@ class Workflow:
         """The manifests of all nodes, or of these stages' nodes."""
         found = self.store.graph.nodes.values()
         return [n.manifest for n in found if not stages or n.stage in stages]
+
+    def sweeps(self) -> list[str]:
+        """The sweeps, each a target: `grpo/reasoner`."""
+        return [*self.store.graph.sweeps]
+
+    def of_sweep(self, sweep: str) -> list[str]:
+        """The manifests of a sweep's nodes."""
+        whole = self.store.graph
+        return [whole.nodes[id].manifest for id in whole.sweeps[sweep]]
 
     def shards(self, stage: str) -> list[str]:
         """The names of the jobs that share the files of a stage's nodes."""
@@ -200,6 +211,28 @@ class Workflow:
         """Say where the results are."""
         self.store.settle(keep=True)
         plan.results(self.store)
+
+
+def check_targets(workflow: Any, whole: Graph) -> None:
+    """Raise for a target that is no stage, node or sweep, before anything is decided."""
+    known = {"all", *STAGES, *whole.jobs, *whole.sweeps}
+    manifests = {job.manifest for job in whole.jobs.values()}
+    asked = workflow.dag_settings
+    for name in sorted({*asked.targets, *asked.until, *asked.omit_from}):
+        if name in known | manifests:
+            continue
+        part = name.removeprefix("artifacts/").strip("/")
+        close = difflib.get_close_matches(part, sorted(known), 3, 0.6)
+        guess = (
+            f"did you mean {' or '.join(f'`{one}`' for one in close)}? "
+            if close
+            else ""
+        )
+        raise UserError(
+            name,
+            "no such target",
+            f"{guess}a target is a stage, a node or a sweep; `make plan` lists the nodes",
+        )
 
 
 def collect_seldom() -> None:
