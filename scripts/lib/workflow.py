@@ -62,7 +62,7 @@ class Workflow:
             )
         there = cluster_file(workflow)
         store = Store(graph.build(given[0] if given else plan.chosen_config(), there))
-        check_targets(workflow, store.graph)
+        check_targets(store.graph)
         store.sync()
         plan.announce(store)
         if there:
@@ -213,26 +213,25 @@ class Workflow:
         plan.results(self.store)
 
 
-def check_targets(workflow: Any, whole: Graph) -> None:
-    """Raise for a target that is no stage, node or sweep, before anything is decided."""
+def check_targets(whole: Graph) -> None:
+    """Raise for a target that is no stage, node or sweep, before anything is decided.
+
+    Snakemake knows its targets only after the Snakefile, so its own parser is asked;
+    what it would say of such a one names no other.
+    """
+    from snakemake.cli import get_argument_parser
+
+    if Path(sys.argv[0]).stem not in ("snakemake", "__main__"):
+        return
+    asked, _ = get_argument_parser().parse_known_args(sys.argv[1:])
+    named = {*asked.targets, *asked.forcerun, *asked.until, *asked.omit_from}
     known = {"all", *STAGES, *whole.jobs, *whole.sweeps}
-    manifests = {job.manifest for job in whole.jobs.values()}
-    asked = workflow.dag_settings
-    for name in sorted({*asked.targets, *asked.until, *asked.omit_from}):
-        if name in known | manifests:
-            continue
+    for name in sorted(named - known - {job.manifest for job in whole.jobs.values()}):
         part = name.removeprefix("artifacts/").strip("/")
         close = difflib.get_close_matches(part, sorted(known), 3, 0.6)
-        guess = (
-            f"did you mean {' or '.join(f'`{one}`' for one in close)}? "
-            if close
-            else ""
-        )
-        raise UserError(
-            name,
-            "no such target",
-            f"{guess}a target is a stage, a node or a sweep; `make plan` lists the nodes",
-        )
+        guess = f"did you mean {', '.join(f'`{one}`' for one in close)}? " * bool(close)
+        hint = "a target is a stage, a node or a sweep; `make plan` lists the nodes"
+        raise UserError(name, "no such target", guess + hint)
 
 
 def collect_seldom() -> None:
