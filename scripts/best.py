@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     if not set(recipe.candidates) == set(models) == set(paths):
         raise RecipeError("--candidate, --score", "not those that the recipe names")
     scores = [(id, score_of(id, paths[id][0], recipe)) for id in recipe.candidates]
+    is_loss = recipe.by.startswith("metrics.") and "loss" in recipe.by
     try:
-        found = ranked(scores, recipe.by)
+        found = ranked(scores, lowest=is_loss)
     except ValueError as error:
         raise DataError(recipe.by, str(error)) from error
     best = found[0][0]

@@ -1,7 +1,8 @@
 r"""Write the page about a graph of nodes: lineage, scores, curves, samples, settings,
 times and versions.
 
-Reads   --graph   JSON: {"nodes": [{"stage", "name", "parents": [ids], "recipe"}]}
+Reads   --graph   JSON: {"nodes": [{"stage", "name", "parents": [ids], "recipe"}]},
+                  with "sweep" and "varied" where a node is of a sweep
         --node    ID=FOLDER, once a node: its artifact. Of it are read metrics.jsonl,
                   scores/scores.json, scores/samples.jsonl and provenance.json,
                   those that are there
@@ -33,6 +34,7 @@ from typing import Any
 from scripts.lib import cli, dapo
 from scripts.lib.draw import draw
 from scripts.lib.errors import DataError, RecipeError
+from scripts.lib.ranking import ranked
 from scripts.lib.schema import ReportRecipe
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -58,6 +60,8 @@ class Node:
     parents: list[str]
     recipe: dict[str, Any]
     anchor: str
+    sweep: str = ""
+    varied: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     provenance: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -133,7 +137,10 @@ def read_graph(path: Path) -> dict[str, Node]:
             if anchor in {node.anchor for node in nodes.values()}:
                 anchor += f"-{number}"
             parents = [str(parent) for parent in entry["parents"]]
-            nodes[id] = Node(id, stage, name, parents, dict(entry["recipe"]), anchor)
+            made = Node(id, stage, name, parents, dict(entry["recipe"]), anchor)
+            made.sweep = str(entry.get("sweep", ""))
+            made.varied = dict(entry.get("varied", {}))
+            nodes[id] = made
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(str(path), f"not a graph of nodes: {error!r}") from error
     for node in nodes.values():
@@ -193,9 +200,9 @@ def _number(value: object) -> float | None:
 
 
 def score_tables(nodes: list[Node]) -> list[Table]:
-    """Every task of every eval node that is here."""
+    """Every task of every eval node that is here, those of a sweep as one."""
     order = {node.id: at for at, node in enumerate(nodes)}
-    tables = []
+    found: dict[tuple[str, str], Table] = {}
     for node in nodes:
         if node.scores is None:
             continue
@@ -214,10 +221,34 @@ def score_tables(nodes: list[Node]) -> list[Table]:
             confidence = float(node.scores["confidence"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(where, f"not of the scores' form: {error!r}") from error
+        name = f"eval/{node.sweep}" if node.sweep else node.id
         for task, scores in by_task.items():
-            scores.sort(key=lambda score: order.get(score.node, len(order)))
-            tables.append(Table(node.id, task, confidence, scores))
-    return tables
+            table = Table(name, task, confidence, [])
+            found.setdefault((name, task), table).scores.extend(scores)
+    for table in found.values():
+        table.scores.sort(key=lambda score: order.get(score.node, len(order)))
+    return [*found.values()]
+
+
+def rankings(nodes: list[Node], tables: list[Table]) -> list[dict[str, Any]]:
+    """Of each sweep of models, those that a table scores, the best first."""
+    sweeps: dict[str, list[Node]] = {}
+    for node in nodes:
+        if node.sweep and node.stage != "eval":
+            sweeps.setdefault(f"{node.stage}/{node.sweep}", []).append(node)
+    result = []
+    for table in tables:
+        scores = {score.node: score for score in table.scores}
+        for sweep, its in sweeps.items():
+            scored = {n.id: n for n in its if n.id in scores}
+            order = ranked([(id, scores[id].score) for id in scored])
+            rows = [{"node": scored[id], "score": scores[id]} for id, _ in order]
+            keys = list(dict.fromkeys(key for n in its for key in n.varied))
+            if len(rows) > 1:
+                result.append(
+                    {"sweep": sweep, "table": table, "keys": keys, "rows": rows}
+                )
+    return result
 
 
 # --- what is shown -----------------------------------------------------------
@@ -273,6 +304,7 @@ def render(title: str, nodes: list[Node], drawing: str) -> str:
         readable=_readable_width(drawing),
         summary=summary(nodes, tables),
         charts=charts,
+        rankings=rankings(nodes, tables),
         curves=curves,
         trained=[n for n in nodes if n.stage in TRAINED],
         samples=sample_tables(nodes),

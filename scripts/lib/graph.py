@@ -1219,11 +1219,8 @@ class _Builder:
             "parents": parents,
             "flags": flags,
             "artifacts": list(dict.fromkeys(artifacts)),
-            "recipe": {
-                "by": self.measure(name, node)[0],
-                "candidates": [*scored],
-                "scored": exports,
-            },
+            "recipe": {"by": self.measure(name, node)[0], "candidates": [*scored]}
+            | ({"scored": exports} if exports else {}),
         }
 
     def of_export(self, name: str, node: Any) -> dict[str, Any]:

@@ -287,20 +287,23 @@ def load_config(path: Path) -> tuple[Config, Lines, list[Path]]:
 
     merged, lines, files = read_config(path)
     expand(merged, lines)
-    return _validated(Config, merged, lines), lines, files
+    return validated(Config, merged, lines), lines, files
 
 
 def load_cluster(path: Path) -> tuple[Cluster, Lines]:
     """The validated description of a cluster, and where its keys stand."""
     merged, lines, _ = read_config(path)
-    return _validated(Cluster, merged, lines), lines
+    return validated(Cluster, merged, lines), lines
 
 
-def _validated(model: type[Model], merged: dict[str, Any], lines: Lines) -> Model:
+def validated(model: type[Model], found: Any, lines: Lines, *at: str) -> Model:
+    """What is found in a config at a key, as its model. Raises ConfigError."""
     try:
-        return model.model_validate(merged)
+        return model.model_validate(found)
     except pydantic.ValidationError as invalid:
         errors = invalid.errors()
+        for error in errors:
+            error["loc"] = (*at, *error["loc"])
         said = [*dict.fromkeys(explain(e, lines, model) for e in errors)]
         shown = said[:SHOWN_ERRORS]
         if len(said) > SHOWN_ERRORS:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from scripts.lib import cli, graph
@@ -95,12 +96,19 @@ def lines(store: Store, all_nodes: bool) -> list[str]:
     return text
 
 
+def folded(whole: Graph, ids: list[str]) -> str:
+    """The nodes' names; for those of one sweep its name and their number."""
+    sweeps = {id: sweep for sweep, its in whole.sweeps.items() for id in its}
+    num = Counter(sweeps.get(id, id) for id in ids)
+    return ", ".join(f"{n} ({num[n]})" if n in whole.sweeps else n for n in num)
+
+
 def announce(store: Store) -> None:
     """Say on the terminal what is not current, and why; or where the results are."""
     new = [id for id, why in store.why.items() if NEVER in why]
     if len(new) > FEW:
         print(
-            f"[plan] run      {len(new)} nodes {NEVER}: {', '.join(new)}",
+            f"[plan] run      {len(new)} nodes {NEVER}: {folded(store.graph, new)}",
             file=sys.stderr,
         )
     for id, line in zip(stale(store), lines(store, all_nodes=False), strict=True):

@@ -600,6 +600,8 @@ class Job:
                 "name": n.name,
                 "parents": list(n.parents),
                 "recipe": n.recipe,
+                "sweep": n.sweep,
+                "varied": n.varied,
             }
             for n in map(whole.nodes.__getitem__, ids)
         ]

@@ -94,6 +94,10 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
         return [
             d for name, k in below for d in differences(old.get(k), new.get(k), name)
         ]
+    if isinstance(old, list) and isinstance(new, list) and old != new:
+        changes = [f"without {shown(one)}" for one in old if one not in new]
+        changes += [f"with {shown(one)}" for one in new if one not in old]
+        return [f"{at} {', '.join(changes) or 'in another order'}"]
     return [] if old == new else [f"{at} {shown(old)} -> {shown(new)}"]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pydantic
 
-from scripts.lib.load import ConfigError, Key, Lines, explain, models_in, nearest
+from scripts.lib.load import ConfigError, Key, Lines, models_in, nearest, validated
 from scripts.lib.schema import Chosen
 from scripts.lib.stages import CANDIDATES, MODELS, PARENTS, STAGES, STARTED
 
@@ -243,13 +243,7 @@ class _Expansion:
         if not isinstance(given, dict) or not {"best", "by"} & {*given}:
             return
         at = (stage, name, "from")
-        try:
-            chosen = Chosen.model_validate(given)
-        except pydantic.ValidationError as invalid:
-            error = invalid.errors()[0]
-            error["loc"] = (*at, *error["loc"])
-            where, _, what = explain(error, self.lines, Chosen).partition(": ")
-            raise ConfigError(where, what) from invalid
+        chosen = validated(Chosen, given, self.lines, *at)
         of = "_or_".join(one.rpartition("/")[2] for one in chosen.best)
         made = slug(f"{of}_by_{re.sub('^eval[./]', '', chosen.by)}")
         section = self.merged.setdefault("best", {})

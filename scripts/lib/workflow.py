@@ -198,7 +198,7 @@ class Workflow:
     def fail(self) -> None:
         """Say what is not built, and how to go on."""
         self.store.settle(keep=True)
-        left = ", ".join(plan.stale(self.store))
+        left = plan.folded(self.store.graph, plan.stale(self.store))
         if self.cluster:
             from scripts.lib.executor import Executor
 
