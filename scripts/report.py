@@ -26,7 +26,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,18 @@ class Node:
     parents: list[str]
     recipe: dict[str, Any]
     anchor: str
-    sweep: str = ""
-    varied: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     provenance: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    sweep: str = ""
+    varied: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> str:
+        """The sweep it is of, else itself."""
+        return f"{self.stage}/{self.sweep}" if self.sweep else self.id
 
     @property
     def is_here(self) -> bool:
@@ -200,9 +205,9 @@ def _number(value: object) -> float | None:
 
 
 def score_tables(nodes: list[Node]) -> list[Table]:
-    """Every task of every eval node that is here, those of a sweep as one."""
+    """Every task of every eval node that is here."""
     order = {node.id: at for at, node in enumerate(nodes)}
-    found: dict[tuple[str, str], Table] = {}
+    tables = []
     for node in nodes:
         if node.scores is None:
             continue
@@ -221,12 +226,29 @@ def score_tables(nodes: list[Node]) -> list[Table]:
             confidence = float(node.scores["confidence"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(where, f"not of the scores' form: {error!r}") from error
-        name = f"eval/{node.sweep}" if node.sweep else node.id
         for task, scores in by_task.items():
-            table = Table(name, task, confidence, [])
-            found.setdefault((name, task), table).scores.extend(scores)
-    for table in found.values():
-        table.scores.sort(key=lambda score: order.get(score.node, len(order)))
+            scores.sort(key=lambda score: order.get(score.node, len(order)))
+            tables.append(Table(node.id, task, confidence, scores))
+    return tables
+
+
+def joined_tables(tables: list[Table], nodes: list[Node]) -> list[Table]:
+    """The tables, those of an eval that is a sweep as one."""
+    whole = {node.id: node.whole for node in nodes}
+    found: dict[tuple[str, str], Table] = {}
+    for table in tables:
+        one = Table(whole[table.eval], table.task, table.confidence, [])
+        found.setdefault((one.eval, one.task), one).scores.extend(table.scores)
+    return [*found.values()]
+
+
+def joined_samples(nodes: list[Node]) -> list[Node]:
+    """The nodes, those of an eval that is a sweep as one with all their samples."""
+    found: dict[str, Node] = {}
+    for node in nodes:
+        id = node.whole if node.stage == "eval" else node.id
+        one = found.setdefault(id, replace(node, id=id, samples=[]))
+        one.samples.extend(node.samples)
     return [*found.values()]
 
 
@@ -235,7 +257,7 @@ def rankings(nodes: list[Node], tables: list[Table]) -> list[dict[str, Any]]:
     sweeps: dict[str, list[Node]] = {}
     for node in nodes:
         if node.sweep and node.stage != "eval":
-            sweeps.setdefault(f"{node.stage}/{node.sweep}", []).append(node)
+            sweeps.setdefault(node.whole, []).append(node)
     result = []
     for table in tables:
         scores = {score.node: score for score in table.scores}
@@ -290,7 +312,7 @@ def render(title: str, nodes: list[Node], drawing: str) -> str:
         "significant": _significant,
         "setting": _setting,
     }
-    tables = score_tables(nodes)
+    tables = joined_tables(score_tables(nodes), nodes)
     curves = [c for node in nodes for c in [curve(node)] if c]
     charts = [score_chart(table) for table in tables]
     plots = [chart["plot"] for chart in [*charts, *curves]]
@@ -307,7 +329,7 @@ def render(title: str, nodes: list[Node], drawing: str) -> str:
         rankings=rankings(nodes, tables),
         curves=curves,
         trained=[n for n in nodes if n.stage in TRAINED],
-        samples=sample_tables(nodes),
+        samples=sample_tables(joined_samples(nodes)),
         settings={node.id: list(_flat(_whole(node))) for node in nodes},
         times=times(nodes),
         versions=versions(nodes),

@@ -338,7 +338,7 @@ FROM = "sft: {instruct: {from: "
         (f"{FROM}{{hff: models/small}}}}}}", "sft.instruct.from.hff: unknown key"),
         (f"{FROM}{{hff: models/small}}}}}}", "did you mean `hf`? Keys: hf, revision"),
         (f"{FROM}{{}}}}}}", "sft.instruct.from.hf: missing"),
-        (f"{FROM}7}}}}", "sft.instruct.from: should be a node, or `{hf: ...}`; found 7"),
+        (f"{FROM}7}}}}", "sft.instruct.from: should be a node, `{hf: ...}`, or `{best: ..., by: ...}`; found 7"),
         (f"{FROM}{{hf: org/small, revision: main}}}}}}", "sft.instruct.from.revision: string should match"),
         (f"{FROM}{{hf: org/small}}}}}}", "sft.instruct.from.revision: missing: a model on the hub can change"),
         (f"{FROM}{{hf: models/smaller/x}}}}}}", "models/smaller/x: no such file or folder"),

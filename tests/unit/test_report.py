@@ -445,3 +445,29 @@ def test_an_unknown_key_in_the_recipe_is_refused(tmp_path):
     paths = [str(tmp_path / name) for name in ("graph.json", "recipe.yaml", "page")]
     with pytest.raises(RecipeError, match="titel"):
         report.main(["--graph", paths[0], "--recipe", paths[1], "--out", paths[2]])
+
+
+def test_a_sweep_is_ranked_with_what_it_varies(tmp_path):
+    build = Build(tmp_path)
+    for at, right in enumerate((50, 150, 150)):
+        name = f"tuned_lr_{at}"
+        varied = {"sweep": "tuned", "varied": {"lr": [1e-5, 0.002, 0.5][at]}}
+        build.node(f"sft/{name}")
+        build.nodes[-1] |= varied
+        build.node(
+            f"eval/graded_{name}",
+            [f"sft/{name}"],
+            scores__scores_json=scored(**{f"sft__{name}": right}),
+            scores__samples_jsonl=[sample(f"sft/{name}")],
+        )
+        build.nodes[-1] |= varied | {"sweep": "graded"}
+    page = build.page()
+    ranking = re.search(r'(?s)<table class="ranking">.*?</table>', page)[0]
+    assert "sft/tuned by sums, the best first" in ranking
+    rows = re.findall(r"(?s)<tr><td.*?</tr>", ranking)
+    cells = [re.sub("<[^>]*>", "|", row).replace("||", "|") for row in rows]
+    assert [cell[:3] for cell in cells] == ["|1|", "|2|", "|3|"]
+    assert "tuned_lr_1|" in cells[0] and "|0.002|" in cells[0] and "75.0%" in cells[0]
+    assert "tuned_lr_2|" in cells[1] and "tuned_lr_0|" in cells[2]
+    assert page.count('<div class="plot"') == 1, "one chart of all that an eval scored"
+    assert page.count('<table class="samples">') == 1
