@@ -309,7 +309,8 @@ class SftRecipe(MegatronRecipe):
 class Sft(SftRecipe, Swept):
     from_: Parent = Field(
         alias="from",
-        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
+        description="Parent: a pretrain, sft, dpo, grpo or best node, a released model, "
+        "or `{best: ..., by: ...}`.",
     )
     data: str = Field(description="Pack node.")
 
@@ -424,7 +425,8 @@ class DpoRecipe(PairsRecipe):
 class Dpo(DpoRecipe, Swept):
     from_: Parent = Field(
         alias="from",
-        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
+        description="Parent: a pretrain, sft, dpo, grpo or best node, a released model, "
+        "or `{best: ..., by: ...}`.",
     )
     data: str = Field(description="Preferences node.")
 
@@ -436,7 +438,8 @@ class RmRecipe(PairsRecipe):
 class Rm(RmRecipe, Swept):
     from_: Parent = Field(
         alias="from",
-        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
+        description="Parent: a pretrain, sft, dpo, grpo or best node, a released model, "
+        "or `{best: ..., by: ...}`.",
     )
     data: str = Field(description="Preferences node.")
 
@@ -444,7 +447,8 @@ class Rm(RmRecipe, Swept):
 class Grpo(GrpoRecipe, Swept):
     from_: Parent = Field(
         alias="from",
-        description="Parent: a pretrain, sft, dpo or grpo node, or a released model.",
+        description="Parent: a pretrain, sft, dpo, grpo or best node, a released model, "
+        "or `{best: ..., by: ...}`.",
     )
     data: str = Field(description="Prompts node.")
 
@@ -465,7 +469,8 @@ class Best(Strict):
     """Take of several nodes the one that scores best: its model, and `choice.json`.
 
     The highest score counts, of a `loss` the lowest; of equals the first one named. A
-    node that no eval scores has the score of its export.
+    node that no eval scores has the score of its export. `from: {best: a, by: b}` on a
+    node that starts from a model makes a node `a_by_b` of `{from: a, by: b}` here.
     """
 
     from_: Names = Field(
@@ -483,7 +488,9 @@ class ExportRecipe(Strict):
 
 class Export(ExportRecipe):
     from_: str = Field(
-        alias="from", description="Parent: a pretrain, sft, dpo or grpo node."
+        alias="from",
+        description="Parent: a pretrain, sft, dpo, grpo or best node, or "
+        "`{best: ..., by: ...}`.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from scripts.lib.errors import DataError, UserError
 from scripts.lib.graph import Graph
 from scripts.lib.ranking import ranked
 from scripts.lib.sweep import slug
+from scripts.lib.workflow import check_targets
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"steps": 4, "batch_size": 8, "lr": 0.001}
@@ -246,6 +248,35 @@ def test_a_name_of_a_sweep_where_one_node_is_wanted_says_so():
         "no such node: helpful (of rm)\n\nhint: did you mean `helpful_lr_"
         in refused(rm)
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["sft/tund"], "sft/tuned"), (["tuned"], "sft/tuned"), (["exprt"], "export"),
+        (["--until", "sft/instrct", "--", "export"], "sft/instruct"),
+        (["-n", "artifacts/export/nano/"], "export/nano"), (["?"], ""),
+    ],
+)  # fmt: skip
+def test_a_target_that_is_no_node_is_refused_with_the_nearest(
+    words: list[str], nearest: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["bin/snakemake", "--cores", "2", *words])
+    with pytest.raises(UserError, match="no such target") as error:
+        check_targets(built(sweep(lr=LRS)))
+    assert f"did you mean `{nearest}`" in str(error.value) or not nearest
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["sft/tuned"], ["sft/tuned_lr_1em5"], ["export", "all"], ["-n", "best"],
+     ["state/sft/tuned_lr_1em5.json"]],
+)  # fmt: skip
+def test_a_stage_a_node_a_sweep_and_a_manifest_are_targets(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["bin/snakemake", *words])
+    check_targets(built(sweep(lr=LRS)))
 
 
 # ---- the best of them ------------------------------------------------------------

@@ -101,9 +101,10 @@ class Project:
         done = re.findall(r"(?m)^(\w+/\w+)  (done|restored)", text)
         return {node: {"done": "built"}.get(how, how) for node, how in done}
 
-    def planned(self, *words: str) -> set[str]:
+    def planned(self, *words: str, **env: str) -> set[str]:
         """The nodes `snakemake -n` would run or may run."""
-        text = self.sh("snakemake", "-n", "-q", "host", "--", *(words or ("export",)))
+        targets = words or ("export",)
+        text = self.sh("snakemake", "-n", "-q", "host", "--", *targets, **env)
         return set(re.findall(r"(?m)^checkpoint (\w+/\w+):", text))
 
     def reason(self, node: str) -> str:
