@@ -85,7 +85,8 @@ class Places:
     def where(self, node: Node, key: str) -> str:
         """`file:line key` of the setting that counts for a node."""
         lines, at = self.lines, ("default", "default")
-        for stage, name in (at, (node.stage, "default"), (node.stage, node.name)):
+        its = ("default", node.sweep or "default", node.name)
+        for stage, name in (at, *((node.stage, one) for one in its)):
             for placement, its_lines in self.sources:
                 if key in placement.get(stage, {}).get(name, {}):
                     lines, at = its_lines, (stage, name)

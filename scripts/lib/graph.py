@@ -321,15 +321,26 @@ class _Builder:
         for stage in reversed(stages):
             if name in self.sections[stage]:
                 return f"{stage}/{name}"
-        of, _, alone = name.partition("/")
-        if of in stages and alone in self.sections[of]:
+        its, _, alone = name.partition("/")
+        if its in stages and alone in self.sections[its]:
             return name
+        of = [
+            n for s in stages for n in self.sections[s] if name == self.sweep_of(s, n)
+        ]
+        if of:
+            what = f"{name} is a sweep of {len(of)} nodes, and one is wanted"
+            raise self.error(key, what, f"name one: {', '.join(of[:8])}")
         wanted = stages[0] if len(stages) == 1 else "one of " + ", ".join(stages)
         raise self.error(
             key,
             f"no such node: {name} (of {wanted})",
-            nearest(name, [n for s in stages for n in self.sections[s]]),
+            nearest(name, [n for s in stages for n in self.names(s)]),
         )
+
+    def names(self, stage: str) -> list[str]:
+        """The names in the config of a stage's nodes: of a sweep, its own."""
+        named = (self.sweep_of(stage, n) or n for n in self.sections.get(stage, {}))
+        return list(dict.fromkeys(named))
 
     def content(self, id: str) -> str:
         stage, name = id.split("/")
@@ -460,14 +471,13 @@ class _Builder:
                 at = lines.where("placement", stage)
                 if stage != "default" and stage not in STAGES:
                     raise ConfigError(at, "no such stage", nearest(stage, [*STAGES]))
-                sweeps = [at[1] for at in self.lines.made.values() if at[0] == stage]
-                known = {*self.sections.get(stage, {}), *sweeps}
+                known = {"default", *self.sections.get(stage, {}), *self.names(stage)}
                 for name in placed:
-                    if name != "default" and name not in known:
+                    if name not in known:
                         raise ConfigError(
                             lines.where("placement", stage, name),
                             "no such node",
-                            nearest(name, sorted(known)),
+                            nearest(name, self.names(stage)),
                         )
         return Graph(nodes, str(path), [str(f) for f in files])
 
@@ -525,12 +535,9 @@ class _Builder:
         if kind == "metrics" and rest:
             return f"{kind}.{rest}", []
         wanted, _, task = (rest if kind == "eval" and rest else node.by).partition(".")
-        known = {
-            n: self.lines.made.get(("eval", n), ("", n))[1] for n in self.config.eval
-        }
-        evals = [n for n, sweep in known.items() if wanted in (n, sweep)]
+        evals = [n for n in self.config.eval if wanted in (n, self.sweep_of("eval", n))]
         if not evals:
-            hint = nearest(wanted, list(dict.fromkeys(known.values())))
+            hint = nearest(wanted, self.names("eval"))
             raise self.error(key, f"no such eval node: {wanted}", hint)
         tasks = [*self.config.eval[evals[0]].tasks]
         if not task and len(tasks) > 1:

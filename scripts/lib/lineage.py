@@ -417,7 +417,9 @@ def details(one: Row) -> Iterator[str]:
     yield from (f"  writes    {short(md5)}  {p}" for p, md5 in one["outs"].items())
     code = hashlib.sha256(json.dumps(one["code"], sort_keys=True).encode())
     files = f"{len(one['code'])} files"
+    same = [path for path, md5 in one["inputs"].items() if md5 == main_out(one)]
     listed = {
+        "same as": ", ".join(same),
         "counts": ", ".join(f"{v:,} {k}" for k, v in one["counts"].items()),
         "settings": ", ".join(flat(one["recipe"])),
         "code": f"{code.hexdigest()[:8]}  {files}" if one["code"] else "",

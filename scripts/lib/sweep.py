@@ -108,7 +108,7 @@ class _Expansion:
     def replace(self, stage: str, name: str, grid: dict[str, Any]) -> None:
         """Put a sweep's nodes in its place."""
         section = self.sections[stage]
-        if taken := [made for made in grid if made in section]:
+        if taken := [n for n in grid if n in section or (stage, n) in self.grids]:
             raise self.error(
                 (stage, taken[0]),
                 f"{name} is a sweep that makes a node of this name",
@@ -246,6 +246,12 @@ class _Expansion:
         chosen = validated(Chosen, given, self.lines, *at)
         of = "_or_".join(one.rpartition("/")[2] for one in chosen.best)
         made = slug(f"{of}_by_{re.sub('^eval[./]', '', chosen.by)}")
+        if len(made) > LONGEST_NAME:
+            raise self.error(
+                at,
+                f"would make a node named {made}",
+                "make one in `best:`, and name it",
+            )
         section = self.merged.setdefault("best", {})
         if not isinstance(section, dict):
             return
