@@ -463,7 +463,7 @@ def test_a_sweep_is_ranked_with_what_it_varies(tmp_path):
         build.nodes[-1] |= varied | {"sweep": "graded"}
     page = build.page()
     ranking = re.search(r'(?s)<table class="ranking">.*?</table>', page)[0]
-    assert "sft/tuned by sums, the best first" in ranking
+    assert "sft/tuned by sums of eval/graded, the best first" in ranking
     rows = re.findall(r"(?s)<tr><td.*?</tr>", ranking)
     cells = [re.sub("<[^>]*>", "|", row).replace("||", "|") for row in rows]
     assert [cell[:3] for cell in cells] == ["|1|", "|2|", "|3|"]

@@ -178,6 +178,29 @@ def test_overrides_keep_the_dots_of_their_keys():
     assert whole.nodes[one].recipe["overrides"] == {"optimizer.adam_beta1": 0.8}
 
 
+def test_one_base_has_branches_each_exported_and_scored_by_one_eval():
+    pairs = {"tokenizer": "tiny", "data": "pairs", "max_tokens": 64}
+    branches = {
+        "generate": {"pairs": {"kind": "preferences", "count": 200}},
+        "preferences": {"pairs": pairs},
+        "dpo": {"polite": {"from": "tuned", "data": "pairs", **TRAINING}},
+        "export": {"polite_out": {"from": "polite"}, "tuned_out": {"from": "tuned"}},
+        "eval": {"graded": {"from": ["base", "tuned_out", "polite_out", "nano"]}},
+    }
+    whole = built(branches)
+    above = {id: whole.ancestors(f"export/{id}") for id in of(whole, "export")}
+    trained = {
+        id: [n for n in nodes if n.split("/")[0] in ("pretrain", "sft", "dpo", "grpo")]
+        for id, nodes in above.items()
+    }
+    assert trained == {
+        "nano": ["pretrain/base", "sft/instruct", "grpo/reasoner"],
+        "polite_out": ["pretrain/base", "sft/tuned", "dpo/polite"],
+        "tuned_out": ["pretrain/base", "sft/tuned"],
+    }
+    assert whole.sweeps == {} and of(whole, "eval") == ["arithmetic", "graded"]
+
+
 # ---- what is refused -------------------------------------------------------------
 
 
