@@ -485,7 +485,8 @@ class _Builder:
         for group in (MODELS, ("generate", "data")):
             seen: dict[str, str] = {}
             for stage in group:
-                for name in getattr(self.config, stage):
+                names = [*getattr(self.config, stage), *self.names(stage)]
+                for name in dict.fromkeys(names):
                     if name in seen:
                         raise self.error(
                             (stage, name),
@@ -1268,17 +1269,19 @@ class _Builder:
             evals = [f"eval/{n}" for n in self.sections["eval"]]
         else:
             evals = [self.ref((*key, "from"), n, ("eval",)) for n in node.from_]
-        shown: list[str] = []
+        shown: dict[str, None] = {}
         for id in evals:
             stage, eval_name = id.split("/")
             for model in self.sections[stage][eval_name].from_:
                 todo = [self.ref(key, model, MODELS)]
                 while todo:
                     above = todo.pop()
-                    shown += [above, *self.rewards.get(above, [])]
+                    if above in shown:
+                        continue
+                    shown |= dict.fromkeys([above, *self.rewards.get(above, [])])
                     starts = [self.parent[above]] if above in self.parent else []
                     todo += reversed([*self.scored.get(above, starts)])
-        trained = [i for i in dict.fromkeys(shown) if STAGES[i.split("/")[0]].trains]
+        trained = [i for i in shown if STAGES[i.split("/")[0]].trains]
         return {
             "parents": [*trained, *evals],
             "artifacts": [

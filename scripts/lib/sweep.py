@@ -63,11 +63,10 @@ class _Expansion:
         for stage in (*SWEPT, "export"):
             for name, _ in self.nodes(stage):
                 self.grid(stage, name)
-        for stage, kinds in (("best", CANDIDATES), ("eval", MODELS)):
+        of = {"best": CANDIDATES, "eval": MODELS, "report": ("eval",)}
+        for stage, kinds in of.items():
             for name, node in self.nodes(stage):
                 self.name_each(stage, name, node, kinds)
-        for _, node in self.nodes("report"):
-            node["from"] = self.each(node.get("from"), ("eval",))
         for (stage, name), grid in self.grids.items():
             if grid:
                 self.replace(stage, name, grid)
@@ -162,7 +161,11 @@ class _Expansion:
                 found[f"{name}{suffix}"] = one, varied
             self.check_size(stage, name, len(found))
         if len(longest := max(found, key=len, default="")) > LONGEST_NAME:
-            raise self.error((stage, name), f"a node's name would be {longest}")
+            raise self.error(
+                (stage, name),
+                f"a node's name would be {longest}",
+                "fewer keys, or shorter values",
+            )
         return found
 
     def check_size(self, stage: str, name: str, size: int) -> None:
@@ -268,7 +271,8 @@ class _Expansion:
         self, stage: str, name: str, node: Values, kinds: tuple[str, ...]
     ) -> None:
         """Name a sweep's nodes instead of the sweep; of an eval, make one for each."""
-        given = node.get("from")
+        if (given := node.get("from")) is None:
+            return
         named = self.each(given, kinds)
         node["from"] = named
         if stage != "eval" or named in (given, [given]):

@@ -249,6 +249,8 @@ def test_a_sweeps_node_takes_no_others_name():
     assert "tuned is a sweep that makes a node of this name" in refused(
         sweep(lr=LRS), taken
     )
+    said = refused(sweep(lr=LRS), {"export": {"tuned": {"from": "base"}}})
+    assert "two nodes with one name: sft/tuned and export/tuned" in said
     taken["sft"]["tuned_lr_1em5"]["sweep"] = {"seed": [1, 2]}
     assert "makes a node of this name" in refused(sweep(lr=LRS), taken)
 
