@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from scripts import best
-from scripts.lib import graph, identity
+from scripts.lib import doctor, graph, identity, lineage, plan
 from scripts.lib.errors import DataError, UserError
 from scripts.lib.graph import Graph
 from scripts.lib.ranking import ranked
+from scripts.lib.store import differences
 from scripts.lib.sweep import slug
 from scripts.lib.workflow import check_targets
 
@@ -199,6 +200,34 @@ def test_one_base_has_branches_each_exported_and_scored_by_one_eval():
         "tuned_out": ["pretrain/base", "sft/tuned"],
     }
     assert whole.sweeps == {} and of(whole, "eval") == ["arithmetic", "graded"]
+
+
+def test_the_plan_counts_a_sweeps_nodes_and_says_what_is_new_to_a_list():
+    whole = built(sweep(lr=LRS))
+    new = ["pretrain/base", *whole.sweeps["sft/tuned"], "eval/graded_base"]
+    assert plan.folded(whole, new) == "pretrain/base, sft/tuned (2), eval/graded (1)"
+    for now, said in (
+        ("abc", "with c"),
+        ("a", "without b"),
+        ("ba", "in another order"),
+    ):
+        assert differences(["a", "b"], [*now], "names") == [f"names {said}"]
+    assert differences(["a"], ["a"], "names") == []
+
+
+def test_what_a_cluster_lacks_is_said_of_the_sweeps_placement():
+    whole = built(sweep(lr=LRS), {"placement": {"sft": {"tuned": {"minutes": 7}}}})
+    Path("cluster.yaml").write_text("{}")
+    places = doctor.Places(Path("config/top.yaml"), Path("cluster.yaml"))
+    found = places.where(whole.nodes["sft/tuned_lr_1em5"], "minutes")
+    assert found.endswith(" placement.sft.tuned.minutes")
+
+
+def test_a_lineage_says_whose_model_the_best_is():
+    one: dict[str, Any] = {key: {} for key in ("recipe", "code", "packages", "counts")}
+    one |= {"node": "best/x", "made": None, "outs": {"artifacts/best/x/model": "22"}}
+    one["inputs"] = {"artifacts/sft/a/model": "11", "artifacts/sft/b/model": "22"}
+    assert "  same as   artifacts/sft/b/model" in [*lineage.details(one)]
 
 
 # ---- what is refused -------------------------------------------------------------
