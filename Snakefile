@@ -13,6 +13,7 @@ include: "rules/sweep.smk"
 include: "rules/export.smk"
 include: "rules/eval.smk"
 include: "rules/report.smk"
+include: "rules/release.smk"
 
 
 onstart:

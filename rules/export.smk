@@ -29,6 +29,6 @@ for node in nodes("export"):
 
 
 rule export:
-    """Build every export, its scores and the report."""
+    """Build every export, its scores, the report, and what is uploaded."""
     input:
-        every("export", "eval", "report"),
+        every("export", "eval", "report", "release"),

@@ -27,6 +27,7 @@ from scripts.lib.schema import (
     Container,
     Data,
     EnvironmentRecipe,
+    Generation,
     Machine,
     Peft,
     Placement,
@@ -57,7 +58,7 @@ def kind_of(annotation: Any) -> str:
         return names[annotation]
     if annotation is Any:
         return "anything"
-    if annotation in (EnvironmentRecipe, Peft, Released):
+    if annotation in (EnvironmentRecipe, Generation, Peft, Released):
         return "mapping"
     return str(getattr(annotation, "__name__", annotation)).lower()
 
@@ -107,6 +108,13 @@ def reference() -> str:
             parts += ["Each of `tasks`:", "", *table(Task), ""]
         if name == "sft":
             parts += [f"`peft:` {summary(Peft)}", "", *table(Peft), ""]
+        if name == "export":
+            parts += [
+                f"`generation:` {summary(Generation)}",
+                "",
+                *table(Generation),
+                "",
+            ]
         if name == "grpo":
             parts += ["Each of `environment`:", "", *table(EnvironmentRecipe), ""]
         if name in DATA_OF:

@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 
 from scripts.environments.mix import BUILT_IN, own_file
-from scripts.lib import identity, parallel
+from scripts.lib import hub, identity, parallel
 from scripts.lib.errors import UserError
 from scripts.lib.load import (
     ConfigError,
@@ -26,6 +26,7 @@ from scripts.lib.schema import (
     HUB_NAME,
     PARALLEL,
     RL_PLACEMENT,
+    TOLD,
     Cluster,
     ClusterPlacement,
     Config,
@@ -54,6 +55,9 @@ OF_NVIDIA = {*MegatronRecipe.__annotations__}
 
 OF_GENERATION = RL_PLACEMENT[:4]
 """Placement that only NeMo-RL, and vLLM, know."""
+
+HUB_LICENSE = re.compile(r"^[a-z0-9][a-z0-9.+-]*$")
+"""How the hub names licences."""
 
 CONFIG_PATH = re.compile(r"[\w./-]+")
 """Config paths stand in dvc.yaml's commands."""
@@ -307,6 +311,7 @@ class _Builder:
         if cluster:
             self.places.append((cluster[0].placement, cluster[1]))
         self.definitions: dict[str, dict[str, Any]] = {}
+        self.made: dict[str, Node] = {}
         self.sections: dict[str, dict[str, Any]] = {
             stage: getattr(config, stage) for stage in STAGES
         }
@@ -462,10 +467,9 @@ class _Builder:
         self.check_names()
         self.check_engines()
         self.check_cycles()
-        nodes = []
         for stage, section in self.sections.items():
             for name in section:
-                nodes.append(self.node(stage, name))
+                self.made[f"{stage}/{name}"] = self.node(stage, name)
         for placement, lines in self.places:
             for stage, placed in placement.items():
                 at = lines.where("placement", stage)
@@ -479,7 +483,7 @@ class _Builder:
                             "no such node",
                             nearest(name, self.names(stage)),
                         )
-        return Graph(nodes, str(path), [str(f) for f in files])
+        return Graph([*self.made.values()], str(path), [str(f) for f in files])
 
     def check_names(self) -> None:
         for group in (MODELS, ("generate", "data")):
@@ -1065,7 +1069,9 @@ class _Builder:
                 )
             for needs in ("config.json", "*.safetensors") if folder.exists() else ():
                 if not any(folder.glob(needs)):
-                    raise self.error(at, f"{folder} holds no {needs}")
+                    is_adapter = (folder / "adapter_config.json").exists()
+                    hint = hub.ADVICE if is_adapter else ""
+                    raise self.error(at, f"{folder} holds no {needs}", hint)
             parts = {"files": [str(folder)], "flags": [("--parent", str(folder))]}
             wanted = f"{{path: {folder}}}"
         ready = self.sections["tokenizer"][tokenizer.split("/")[1]]
@@ -1081,13 +1087,11 @@ class _Builder:
 
     def from_hub(self, key: tuple[str, ...], model: Released) -> dict[str, Any]:
         """Parts of a node that starts from a model on the hub."""
-        engine = self.engine_of(key[0])
-        if engine != "nvidia" or key[0] != "sft":
-            by = "" if engine == "nvidia" else "runs on engine transformers, which "
+        if self.engine_of(key[0]) == "nvidia" and key[0] != "sft":
             raise self.error(
                 (*key, "from", "hf"),
-                f"{key[0]} {by}takes no model from the hub, and there is no such folder "
-                "here",
+                f"{key[0]} takes no model from the hub on engine nvidia, and there is no "
+                "such folder here",
                 "give a local folder",
             )
         if model.revision is None:
@@ -1252,7 +1256,7 @@ class _Builder:
             if own and not (
                 len(found["files"]) == 1
                 and found["files"][0].endswith(".jsonl")
-                and not own.model_fields_set - {"files"}
+                and not own.model_fields_set - {"files", *TOLD}
             ):
                 raise self.error(
                     (*at, "data"), f"{settings.data} is not one plain .jsonl file"
@@ -1289,3 +1293,56 @@ class _Builder:
                 *(self.content(id) for id in evals),
             ],
         }
+
+    def of_release(self, name: str, node: Any) -> dict[str, Any]:
+        key = ("release", name)
+        for own in ("sources", "base"):
+            if own in node.model_fields_set:
+                raise self.error((*key, own), "unknown key")
+        if node.license_link and not node.license:
+            raise self.error((*key, "license"), "missing, with license_link")
+        if node.license and not (node.license_link or HUB_LICENSE.match(node.license)):
+            raise self.error(
+                (*key, "license"),
+                f"{node.license!r} is no name of the hub's, such as apache-2.0",
+                "license_link says where another one is",
+            )
+        export = self.ref((*key, "from"), node.from_, ("export",))
+        evals = [
+            made.id
+            for made in self.made.values()
+            if made.stage == "eval" and export in made.parents
+        ]
+        note = f"{self.made[export].folder}/provenance.json"
+        return {
+            "parents": [export, *evals],
+            "artifacts": [self.content(export), note, *map(self.content, evals)],
+            "flags": [
+                ("--model", self.content(export)),
+                ("--provenance", note),
+                *(("--scores", f"{id}={self.content(id)}") for id in evals),
+            ],
+            "recipe": self.told_of(export),
+        }
+
+    def told_of(self, id: str) -> dict[str, Any]:
+        """What the config tells of the data and the base that a model was made of."""
+        above, todo = {id}, [id]
+        while todo:
+            new = set(self.made[todo.pop()].parents) - above
+            above |= new
+            todo += new
+        named = {n for one in above for n in self.made[one].recipe.get("sources", ())}
+        told: dict[str, Any] = {}
+        sources = {
+            name: own.model_dump(include={*TOLD}, exclude_none=True)
+            for name, own in self.config.data.items()
+            if name in named
+        }
+        if sources := {name: found for name, found in sources.items() if found}:
+            told["sources"] = sources
+        while id in self.parent:
+            id = self.parent[id]
+        if id in self.released:
+            told["base"] = self.released[id].model_dump(exclude_none=True)
+        return told

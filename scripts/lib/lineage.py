@@ -261,7 +261,7 @@ def sealed(made: dict[str, Any]) -> dict[str, Any]:
 def find_folder(given: str) -> Path | None:
     """The artifact's folder that `given` is, or is the model of; None for a node."""
     path = Path(given)
-    for folder in (path, path.absolute().parent):
+    for folder in (path / "model", path, path.absolute().parent):
         if path.is_dir() and (folder / NOTE).is_file():
             return folder
     if path.is_dir():
@@ -291,7 +291,7 @@ def rows_of(made: dict[str, Any], where: str) -> list[Row]:
     """The records that an export carries, its own last."""
     try:
         sums = {n: md5 for n, md5 in map(line_of, made["md5sums"])}
-        model = {n.partition("/")[2]: s for n, s in sums.items() if "/" in n}
+        model = {n.removeprefix("model/"): s for n, s in sums.items()}
         own = {key: made[key] for key in NAMED} | {
             "outs": {f"artifacts/{made['node']}/model": tree_digest(model)},
             "seed": made["recipe"].get("seed"),

@@ -124,6 +124,7 @@ def results(store: Store) -> None:
     for kind, stage, file in (
         ("model", "export", ""),
         ("report", "report", "report.html"),
+        ("to upload", "release", ""),
     ):
         for node in nodes:
             if node.stage == stage and not store.why[node.id]:

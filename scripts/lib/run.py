@@ -38,7 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from scripts.lib import cli, graph, identity, launch, lineage, outputs, slurm
+from scripts.lib import cli, graph, hub, identity, launch, lineage, outputs, slurm
 from scripts.lib.attest import attest
 from scripts.lib.digest import (
     Memory,
@@ -439,7 +439,10 @@ class Job:
         self.check_planned(repo)
         provenance = self.provenance(began)
         if node.stage == "export":
-            provenance = self.with_lineage(repo, provenance, seen)
+            provenance = self.with_lineage(repo, provenance, seen, self.out)
+        if node.stage == "release":  # its folder is all that is uploaded
+            whole = self.with_lineage(repo, provenance, seen, content)
+            write_atomic(content / lineage.NOTE, json.dumps(whole, indent=1))
         write_atomic(self.out / "provenance.json", json.dumps(provenance, indent=1))
         self.publish(repo)
         self.drop_shares()
@@ -473,7 +476,7 @@ class Job:
         words = ["-P", "-m", node.script]
         words += ["--recipe", str(self.work / "recipe.yaml")]
         words += ["--out", str(content), "--work", str(self.work)]
-        words += [word for flag in node.flags for word in flag]
+        words += [word for flag in with_parent(node) for word in flag]
         words += placement_flags(node)
         if by_file:
             words += self.earlier_flags()
@@ -708,9 +711,9 @@ class Job:
         }
 
     def with_lineage(
-        self, repo: Repo, provenance: dict[str, Any], seen: Memory
+        self, repo: Repo, provenance: dict[str, Any], seen: Memory, folder: Path
     ) -> dict[str, Any]:
-        """What an export's folder needs to be checked far from this project."""
+        """What `folder` needs beside its files to be checked far from this project."""
         from dvc.exceptions import DvcException
         from dvc.repo import lock_repo
 
@@ -725,9 +728,8 @@ class Job:
             say(
                 self.node.id, f"{lacking[0]} is nowhere: its lineage lacks what it told"
             )
-        content = Path(STAGES[self.node.stage].content)
-        files = seen.files(self.out / content)
-        sums = {str(content / name): md5 for name, md5 in files.items()}
+        sums = seen.files(folder)
+        sums.pop(lineage.NOTE, None)  # of a run that was killed here
         rows = [lineage.row(entries, id, shelf) for id in above]
         return lineage.carried(provenance, sums, rows)
 
@@ -740,7 +742,8 @@ class Job:
         """
         folder = Path(self.node.folder)
         for path in self.out.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make 0600
+            if path.is_dir() or path.stat().st_nlink == 1:  # else DVC's too
+                path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make 0600
         hashed = Memory(self.work / "digests.json")
         sums = hashed.files(self.out)
         hashed.save()
@@ -886,9 +889,22 @@ def has_bridge() -> bool:
 
 
 def parent_of(node: Node) -> Path | None:
-    """The folder of the model it starts from; none where that is on the hub."""
-    parent = dict(node.flags).get("--parent", graph.HUB)
-    return None if parent.startswith(graph.HUB) else Path(parent)
+    """The folder of the model it starts from, fetched where that is on the hub.
+
+    None where there is none, and where the script fetches it.
+    """
+    parent = dict(node.flags).get("--parent")
+    if parent is None or not parent.startswith(graph.HUB):
+        return None if parent is None else Path(parent)
+    return None if node.engine == "nvidia" else hub.fetch(parent)
+
+
+def with_parent(node: Node) -> list[tuple[str, str]]:
+    """Its script's inputs, a parent on the hub as the folder that it was fetched to."""
+    parent = parent_of(node)
+    return [
+        (f, str(parent) if f == "--parent" and parent else v) for f, v in node.flags
+    ]
 
 
 def progress_line(path: Path, trains: bool) -> str:

@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Engine = Literal["transformers", "nvidia"]
+Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -70,6 +71,19 @@ class Data(Rows):
     revision: Revision | None = Field(
         None, description="Commit of the Hugging Face dataset, 40 hex digits."
     )
+    license: Text | None = Field(
+        None, description="Its licence, for model cards; reruns a `release` only."
+    )
+    url: Text | None = Field(
+        None, description="Where it comes from, for model cards, likewise."
+    )
+    description: Text | None = Field(
+        None, description="What it is, for model cards, likewise."
+    )
+
+
+TOLD = ("license", "url", "description")
+"""What is only told of a dataset: a model card shows it."""
 
 
 class Generate(Strict):
@@ -273,6 +287,9 @@ class Released(Strict):
     revision: Revision | None = Field(
         None, description="Commit of the model on the hub, 40 hex digits."
     )
+    license: Text | None = Field(
+        None, description="Its licence, for model cards; reruns a `release` only."
+    )
 
 
 class Chosen(Strict):
@@ -345,6 +362,7 @@ class RlRecipe(TrainingRecipe):
     overrides: dict[str, Any] | None = Field(
         None, description="nvidia: settings of NeMo-RL's YAML, `section.key: value`."
     )
+    parent: Released | None = Field(None, exclude=True)
 
 
 class GrpoRecipe(RlRecipe):
@@ -482,8 +500,30 @@ class Best(Strict):
     )
 
 
+class Generation(Strict):
+    """How the model answers where its user says nothing else; greedily by default."""
+
+    temperature: Rate | None = Field(None, description="Sampling temperature.")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Sample from the likeliest tokens of this share together."
+    )
+    top_k: Positive | None = Field(
+        None, description="Sample from so many likeliest tokens."
+    )
+    repetition_penalty: Rate | None = Field(
+        None, description="Above 1: what was said becomes less likely."
+    )
+    max_new_tokens: Positive | None = Field(
+        None, description="Longest answer. Default: 64, or half of the context."
+    )
+
+
 class ExportRecipe(Strict):
     """Publish a checkpoint as a Hugging Face folder, checked against its source."""
+
+    generation: Generation | None = Field(
+        None, description="What generation_config.json says besides the end tokens."
+    )
 
 
 class Export(ExportRecipe):
@@ -532,6 +572,48 @@ class Report(ReportRecipe):
     from_: Names | None = Field(
         None, alias="from", description="Eval nodes to show. Default: all."
     )
+
+
+class ReleaseRecipe(Strict):
+    """An export with its model card, scores and lineage: a folder to upload."""
+
+    title: Text | None = Field(
+        None, description="Heading of the card. Default: the node's name."
+    )
+    description: Text | None = Field(
+        None, description="What the model is and is for; Markdown."
+    )
+    license: Text | None = Field(
+        None,
+        description="The model's licence, as the hub calls it: `apache-2.0`; any other "
+        "name with `license_link`.",
+    )
+    license_link: Text | None = Field(
+        None, description="Where a licence is that the hub has no name for."
+    )
+    language: (
+        Annotated[
+            list[
+                Annotated[
+                    str, StringConstraints(pattern=r"^([a-z]{2,3}|multilingual)$")
+                ]
+            ],
+            BeforeValidator(_listed),
+        ]
+        | None
+    ) = Field(None, description="Languages by their codes (ISO 639): `en`.")
+    tags: Names | None = Field(None, description="The hub's tags.")
+    limits: Text | None = Field(
+        None,
+        description="What it cannot do and is not for; Markdown, before what the build "
+        "knows.",
+    )
+    sources: dict[str, dict[str, str]] = Field({}, exclude=True)
+    base: Released | None = Field(None, exclude=True)
+
+
+class Release(ReleaseRecipe):
+    from_: str = Field(alias="from", description="Export node.")
 
 
 class Placement(Strict):
@@ -753,6 +835,7 @@ class Config(Strict):
     export: dict[NodeName, Export] = {}
     eval: dict[NodeName, Eval] = {}
     report: dict[NodeName, Report] = {}
+    release: dict[NodeName, Release] = {}
     placement: dict[str, dict[str, dict[str, Any]]] = Field(
         {},
         description="By stage, then by node; `default` at either level is the base.",

@@ -225,6 +225,14 @@ STAGES: dict[str, Stage] = {
             schema.ReportRecipe,
             ("plotly", "jinja2", "matplotlib", "networkx"),
         ),
+        Stage(
+            "release",
+            "scripts.release",
+            "model",
+            schema.Release,
+            schema.ReleaseRecipe,
+            ("huggingface-hub", "jinja2"),
+        ),
     )
 }
 

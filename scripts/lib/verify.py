@@ -31,6 +31,8 @@ from scripts.lib.lineage import (
 from scripts.lib.store import LOCK, Record, differences, read_lock
 
 FEW = 3
+OF_HUB = (".gitattributes", ".cache/huggingface/")
+"""What a folder has besides that was uploaded and downloaded again."""
 SEAL = "sha256 of its record: "
 """It shows an accident; against a forger, compare it with what the maker tells."""
 
@@ -82,6 +84,9 @@ def folder(path: Path) -> Found:
     for name in others:
         found.change(f"{name}: is no plain file: not followed")
     names = [name for name in names if name != NOTE]
+    for name in [name for name in names if name.startswith(OF_HUB)]:
+        names.remove(name)
+        found.skip(f"{name}: the hub's own")
     compare(found, expected, hashed(found, path, names), "")
     by_id = {row["node"]: row for row in rows}
     for row in rows:

@@ -14,6 +14,7 @@ from typing import Any
 from scripts.lib import graph, plan
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph
+from scripts.lib.progress import say
 from scripts.lib.stages import STAGES
 from scripts.lib.store import GRAPH, IN_RUN, Store, dvc_errors
 
@@ -189,11 +190,14 @@ class Workflow:
             os._exit(1)
 
     def check_engines(self) -> None:
-        """Raise where a node that will run has no Python to run with."""
-        from scripts.lib.run import interpreter
+        """Raise where a node that will run has no Python, or nothing to start from."""
+        from scripts.lib.run import interpreter, parent_of
 
-        for id in plan.stale(self.store):
-            interpreter(self.store.graph.nodes[id])
+        for node in map(self.store.graph.nodes.__getitem__, plan.stale(self.store)):
+            interpreter(node)
+            if node.recipe.get("parent"):  # a job may have no network
+                say(node.id, "fetches what it starts from, where it is not here")
+                parent_of(node)
 
     def fail(self) -> None:
         """Say what is not built, and how to go on."""

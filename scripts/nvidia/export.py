@@ -7,8 +7,9 @@ Reads   --parent  Hugging Face folder of a trainer
         --recipe  YAML of one `export:` node
 Writes  --out     Hugging Face folder with generation settings for chat; parity.json:
                   what was compared, the differences, the tolerance
-Raises  RecipeError where Megatron does not read all of the parent; AttestError where
-        the folder, read back, is or answers other than its source
+Raises  RecipeError where Megatron does not read all of the parent, and for settings of
+        generation that Transformers refuses; AttestError where the folder, read back, is
+        or answers other than its source
 Resumes never: it takes minutes. The same parent gives the same bytes.
 
     python -m scripts.nvidia.export --parent P --recipe R.yaml --out work/try
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.lib import cli
+from scripts.lib import cli, serving
 from scripts.lib.schema import ExportRecipe
 from scripts.nvidia import common, megatron, settings
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = common.parser(__doc__, trains=False)
     flags.add_argument("--parent", type=Path, required=True, help="model folder")
     args = cli.parse(flags, argv)
-    cli.load_recipe(args.recipe, ExportRecipe)
+    recipe = cli.load_recipe(args.recipe, ExportRecipe)
     common.prepare(args.work)
     parent = common.readable(args.parent, args.work)
     common.check_tokens(parent, parent)
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     convert.publish(
         model, args.out, definition=parent, tokenizer=parent, generation=True
     )
+    common.from_first(lambda: serving.complete(args.out, recipe.generation))
     return common.finish(0)
 
 

@@ -4,7 +4,8 @@ Reads   --parent  Hugging Face folder of a trainer
         --recipe  YAML of one `export:` node
 Writes  --out     Hugging Face folder with generation settings for chat; parity.json:
                   prompts, tokens, largest logit difference, tolerance, parameters
-Raises  AttestError where the folder, read back, answers other than its source
+Raises  RecipeError for settings of generation that Transformers refuses; AttestError
+        where the folder, read back, answers other than its source
 Resumes never: it takes seconds. The same parent gives the same bytes.
 
     python -m scripts.transformers.export --parent P --recipe R.yaml --out work/try
@@ -17,7 +18,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.lib import cli, outputs
+from scripts.lib import cli, outputs, serving
 from scripts.lib.errors import AttestError
 from scripts.lib.schema import ExportRecipe
 from scripts.transformers import common
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = cli.parser(__doc__)
     flags.add_argument("--parent", type=Path, required=True, help="model folder")
     args = cli.parse(flags, argv)
-    cli.load_recipe(args.recipe, ExportRecipe)
+    recipe = cli.load_recipe(args.recipe, ExportRecipe)
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import GenerationConfig
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         **outputs.generation_settings(tokenizer, source.config.max_position_embeddings)
     )
     common.save_model(source, args.parent, args.out)
+    serving.complete(args.out, recipe.generation)
     copy, _ = common.load_parent(args.out)
     difference = outputs.largest_difference(before, logits_of(copy, prompts))
     parity = {
