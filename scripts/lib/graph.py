@@ -1067,11 +1067,11 @@ class _Builder:
                     f"{model.hf} is a folder here: its files count",
                     "remove it",
                 )
+            if (folder / hub.ADAPTER).exists():
+                raise self.error(at, f"{folder} is an adapter", hub.ADVICE)
             for needs in ("config.json", "*.safetensors") if folder.exists() else ():
                 if not any(folder.glob(needs)):
-                    is_adapter = (folder / "adapter_config.json").exists()
-                    hint = hub.ADVICE if is_adapter else ""
-                    raise self.error(at, f"{folder} holds no {needs}", hint)
+                    raise self.error(at, f"{folder} holds no {needs}")
             parts = {"files": [str(folder)], "flags": [("--parent", str(folder))]}
             wanted = f"{{path: {folder}}}"
         ready = self.sections["tokenizer"][tokenizer.split("/")[1]]

@@ -9,7 +9,9 @@ from scripts.lib.errors import UserError
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """What is fetched: nothing pickled, no code."""
-ADVICE = "an adapter alone starts nothing: merge it into its base, and save that"
+ADAPTER = "adapter_config.json"
+"""With it, Transformers loads the base that it names, whatever lies beside it."""
+ADVICE = "its base is elsewhere: merge it into that by PEFT, and name what was saved"
 NEEDED = ("config.json", "*.safetensors", "tokenizer.json")
 
 
@@ -48,8 +50,9 @@ def fetch(parent: str) -> Path:
             "where there is a network: hf download "
             f"{name} --revision {revision}; or name a local folder",
         ) from error
+    if (folder / ADAPTER).exists():
+        raise UserError(f"{name} at {revision}", "is an adapter", ADVICE)
     for needed in NEEDED:
         if not any(folder.glob(needed)):
-            hint = ADVICE if (folder / "adapter_config.json").exists() else ""
-            raise UserError(f"{name} at {revision}", f"holds no {needed}", hint)
+            raise UserError(f"{name} at {revision}", f"holds no {needed}")
     return folder

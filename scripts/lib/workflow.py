@@ -196,7 +196,7 @@ class Workflow:
         for node in map(self.store.graph.nodes.__getitem__, plan.stale(self.store)):
             interpreter(node)
             if node.recipe.get("parent"):  # a job may have no network
-                say(node.id, "fetches what it starts from, where it is not here")
+                say(node.id, f"starts from {node.recipe['parent']['hf']}, of the hub")
                 parent_of(node)
 
     def fail(self) -> None:
