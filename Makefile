@@ -47,7 +47,7 @@ env-nvidia: ## the GPU engine's own environment: Python 3.12, CUDA's compiler, 4
 	.venv-nvidia/bin/python -m pip install --quiet --no-deps --no-build-isolation -r envs/nvidia.lock
 	.venv-nvidia/bin/python -m scripts.nvidia.versions envs/nvidia.lock
 
-export: $(READY) ## build the model: tokenize … export, eval, report
+export: $(READY) ## build the model: tokenize … export, eval, report, release
 	@snakemake --profile $(PROFILE) export
 
 plan: $(READY) ## each node: what will happen and why
@@ -99,7 +99,7 @@ bench-gpu: $(DEV) ## steps a second against Megatron-Bridge and NeMo-RL called b
 	python -m tests.gpu.bench
 	python -m tests.gpu.bench --stage grpo
 
-bench-plan: $(DEV) ## what a plan of 14, 200 and 2,000 current nodes costs
+bench-plan: $(DEV) ## what a plan of 15, 200 and 2,000 current nodes costs
 	python -m tests.bench.plan
 
 docs: $(DEV) ## write what is generated: the README's config reference, dvc.yaml

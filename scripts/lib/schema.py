@@ -578,7 +578,7 @@ class ReleaseRecipe(Strict):
     """An export with its model card, scores and lineage: a folder to upload."""
 
     title: Text | None = Field(
-        None, description="Heading of the card. Default: the node's name."
+        None, description="Heading of the card. Default: the export's name."
     )
     description: Text | None = Field(
         None, description="What the model is and is for; Markdown."

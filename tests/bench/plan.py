@@ -4,7 +4,7 @@
     python -m tests.bench.plan --nodes 200 --rounds 5
 
 User CPU seconds of `snakemake -n`, the least of several interleaved rounds, as a table
-in Markdown. The 14 nodes are the default config's; the others are tests.bench.big_config's.
+in Markdown. The first are the default config's; the others are tests.bench.big_config's.
 All are marked as built, with artifacts of a few bytes.
 """
 

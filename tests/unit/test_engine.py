@@ -357,10 +357,11 @@ def test_mistakes_with_released_models_are_named(text: str, said: str, released:
     assert said in refused(f"{text}\n")
 
 
-def test_on_transformers_a_model_on_the_hub_is_refused_by_name():
-    said = refused(HUB, "transformers")
-    assert "sft.instruct.from.hf: sft runs on engine transformers" in said
-    assert "give a local folder" in said
+def test_an_adapter_is_no_model_to_start_from(released: Path):
+    (released / "adapter_config.json").write_text("{}")
+    said = refused(LOCAL + "sft: {instruct: {from: {hf: models/small}}}\n")
+    assert "sft.instruct.from.hf: models/small is an adapter" in said
+    assert "merge it" in said
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

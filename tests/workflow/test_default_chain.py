@@ -13,7 +13,7 @@ import pytest
 
 from tests.workflow.conftest import ROOT, Project, copy_files
 
-NODES = 14
+NODES = 15
 PEAK_GB = 4
 
 
@@ -48,10 +48,11 @@ def test_every_stage_is_built_with_its_progress_shown(default: Project):
         assert re.search(
             rf"{node}  step \d+ of \d+  {metric} .*left", default.transcript
         )
-    last = default.transcript.splitlines()[-2:]
+    last = default.transcript.splitlines()[-3:]
     assert last == [
         "[done] model: artifacts/export/nano/model",
         "[done] report: artifacts/report/main/page/report.html",
+        "[done] to upload: artifacts/release/nano/model",
     ]
 
 
@@ -80,6 +81,16 @@ def sums_in(project: Project, name: str) -> set[tuple[int, ...]]:
         tuple(sorted(int(n) for n in found if n))
         for found in SUM.findall(path.read_text())
     }
+
+
+def test_what_is_uploaded_answers_with_a_sum_and_stops(default: Project):
+    from transformers import pipeline
+
+    path = default.path / "artifacts/release/nano/model"
+    chat = pipeline("text-generation", model=str(path))
+    asked = [[{"role": "user", "content": f"What is {a} + 7?"}] for a in (12, 25, 31)]
+    said = [found[0]["generated_text"][-1]["content"] for found in chat(asked)]
+    assert all(answer.strip().isdigit() for answer in said), said
 
 
 def test_no_held_out_item_is_in_any_training_input(default: Project):
