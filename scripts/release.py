@@ -113,18 +113,23 @@ def write_card(
     name = rows[-1]["node"]
     title = recipe.title or name.partition("/")[2]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    kind = [*config.get("architectures", []), config.get("dtype", "dtype not stated")]
     sources = list(datasets(rows, recipe.sources))
     stages = [training(row, rows) for row in rows if "steps" in row["recipe"]]
     about = {
         "recipe": recipe,
         "title": title,
-        "config": config,
+        "architecture": ", ".join(kind),
+        "context": config.get("max_position_embeddings"),
         "num_parameters": num_parameters(model),
         "has_chat": (model / "chat_template.jinja").exists(),
         "has_adapter": (model / "adapter").exists(),
         "generation": generation(model),
         "sources": sources,
-        "unlicensed": [s["name"] for s in sources if s["license"] is None],
+        "unlicensed": [
+            *["the base"] * bool(recipe.base and not recipe.base.license),
+            *(s["name"] for s in sources if s["license"] is None),
+        ],
         "stages": stages,
         "longest": max((s["length"] for s in stages if s["length"]), default=None),
         "scores": scores,
@@ -230,16 +235,12 @@ def training(row: Row, rows: list[Row]) -> dict[str, Any]:
     stage, recipe = row["node"].partition("/")[0], row["recipe"]
     data = {r["node"]: r["recipe"] for r in rows}
     above = [data.get("/".join(path.split("/")[1:3]), {}) for path in row["inputs"]]
-    lengths = [
-        recipe.get("sequence_length"),
-        *(r.get("sequence_length") for r in above),
-    ]
-    length = max(filter(None, lengths), default=None)
+    length = longest(stage, recipe, above)
     seen = f"{recipe['steps'] * recipe['batch_size']:,} {SEEN.get(stage, 'sequences')}"
     if row["tokens"]:
         seen = f"{row['tokens']:,} tokens"
     elif length:
-        seen += f" of {length:,} tokens"
+        seen += f" of up to {length:,} tokens"
     schedule = recipe.get("lr_scheduler", "")
     return {
         "node": row["node"],
@@ -250,6 +251,17 @@ def training(row: Row, rows: list[Row]) -> dict[str, Any]:
         "length": length,
         "lr": f"{recipe['lr']:g} {schedule}".strip(),
     }
+
+
+def longest(stage: str, recipe: Row, above: list[Row]) -> int | None:
+    """Tokens of the longest text that a stage may have trained on."""
+    if stage == "grpo":
+        prompt = max(data.get("max_prompt_tokens", 0) for data in above)
+        whole = prompt + recipe["max_completion_tokens"]
+        return int(recipe.get("max_conversation_tokens") or whole)
+    keys = ("sequence_length", "max_tokens")
+    found = [data.get(key) for data in (recipe, *above) for key in keys]
+    return max(filter(None, found), default=None)
 
 
 def method(stage: str, recipe: dict[str, Any]) -> str:
@@ -297,10 +309,11 @@ def num_parameters(model: Path) -> int:
 
 
 def generation(model: Path) -> dict[str, Any]:
-    """What generation_config.json says beside its version."""
+    """How generation_config.json says to answer."""
     path = model / "generation_config.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {k: v for k, v in found.items() if k != "transformers_version"}
+    told = {k: v for k, v in found.items() if not k.endswith("_token_id")}
+    return {k: v for k, v in told.items() if k != "transformers_version"}
 
 
 def cell(value: object) -> str:
@@ -317,10 +330,10 @@ def duration(seconds: float | None) -> str:
     """A time as one would say it."""
     if seconds is None:
         return ""
-    for size, unit in ((7200, "h"), (120, "min")):
-        if seconds >= size:
-            return f"{seconds / (size / 2 if unit == 'min' else 3600):.1f} {unit}"
-    return f"{seconds:.0f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 if __name__ == "__main__":

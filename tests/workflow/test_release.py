@@ -98,7 +98,7 @@ def test_the_card_is_of_the_hubs_form_and_has_the_scores(
     assert result.dataset_args["num_items"] == score["num_items"]
     for line in (
         "| chat | fine-tuning | the builder's own files | CC-BY \\| 4.0 |  |",
-        "| `sft/instruct` | SFT, all weights | 4 | 8 | 32 rows of 128 tokens |",
+        "| `sft/instruct` | SFT, all weights | 4 | 8 | 32 rows of up to 128 tokens |",
         "| `eval/sums` | arithmetic | **this** |",
         "It adds.",
         "- No licence is stated of: corpus, sums.",
