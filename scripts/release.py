@@ -114,8 +114,9 @@ def write_card(
     title = recipe.title or name.partition("/")[2]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     kind = [*config.get("architectures", []), config.get("dtype", "dtype not stated")]
-    sources = list(datasets(rows, recipe.sources))
-    stages = [training(row, rows) for row in rows if "steps" in row["recipe"]]
+    taken = chosen(rows)
+    sources = list(datasets(taken, recipe.sources))
+    stages = [training(row, taken) for row in taken if "steps" in row["recipe"]]
     about = {
         "recipe": recipe,
         "title": title,
@@ -138,7 +139,7 @@ def write_card(
         "dirty": any((row["made"] or {}).get("git_dirty") for row in rows),
         "packages": sorted({p for row in rows for p in row["packages"].items()}),
         "definition": [
-            f for r in rows for f in r["inputs"] if f.endswith("config.json")
+            f for r in taken for f in r["inputs"] if f.endswith("config.json")
         ],
         "seconds": sum((row["made"] or {}).get("seconds") or 0 for row in rows),
         "gpu_hours": sum((row["made"] or {}).get("gpu_hours") or 0 for row in rows),
@@ -228,6 +229,23 @@ def datasets(
             "license": "generated" if made is not None else note.get("license"),
             "description": note.get("description", ""),
         }
+
+
+def chosen(rows: list[Row]) -> list[Row]:
+    """The records of what the model came of: not of what `best` did not take."""
+    by_node = {row["node"]: row for row in rows}
+    found: set[str] = set()
+    todo = [rows[-1]["node"]]
+    while todo:
+        node = todo.pop()
+        if node in found or node not in by_node:
+            continue
+        found.add(node)
+        row = by_node[node]
+        for path, md5 in row["inputs"].items():
+            if not node.startswith("best/") or md5 in row["outs"].values():
+                todo.append("/".join(path.split("/")[1:3]))
+    return [row for row in rows if row["node"] in found]
 
 
 def training(row: Row, rows: list[Row]) -> dict[str, Any]:

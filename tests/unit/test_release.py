@@ -172,6 +172,22 @@ def test_pickled_weights_are_not_released(tmp_path: Path):
         release.place_files(tmp_path / "model", tmp_path / "out")
 
 
+def test_of_what_best_did_not_take_the_card_tells_no_training():
+    def row(node: str, *above: str, content: str) -> dict[str, Any]:
+        inputs = {f"artifacts/{a}/model": a.upper() for a in above}
+        return {"node": node, "inputs": inputs, "outs": {"model": content}}
+
+    rows = [
+        row("sft/a", content="SFT/A"),
+        row("sft/b", content="SFT/B"),
+        row("eval/all", "sft/a", "sft/b", content="EVAL/ALL"),
+        row("best/one", "sft/a", "sft/b", "eval/all", content="SFT/B"),
+        row("export/nano", "best/one", content=""),
+    ]
+    taken = [found["node"] for found in release.chosen(rows)]
+    assert taken == ["sft/b", "best/one", "export/nano"]
+
+
 # ---- a parent on the hub -----------------------------------------------------------
 
 
