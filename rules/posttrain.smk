@@ -1,4 +1,4 @@
-"""Post-training: fine-tuning, preferences, then reinforcement learning."""
+"""Post-training: fine-tuning, preferences, reinforcement learning, and rollouts."""
 
 for node in nodes("sft"):
 
@@ -118,3 +118,33 @@ rule grpo:
     """Build every `grpo:` node."""
     input:
         every("grpo"),
+
+
+for node in nodes("rollouts"):
+
+    checkpoint:
+        """Sample a model's answers, keep what environments reward."""
+        name:
+            f"rollouts/{node}"
+        input:
+            before("rollouts", node),
+        output:
+            manifest("rollouts", node),
+        log:
+            f"logs/rollouts/{node}.log",
+        localrule: place("rollouts", node, "controller")
+        conda:
+            "../envs/transformers.yaml"
+        threads: place("rollouts", node, "cpus")
+        resources:
+            **resources_of("rollouts", node),
+        params:
+            node=node,
+        shell:
+            "python -m scripts.lib.run rollouts {params.node}"
+
+
+rule rollouts:
+    """Build every `rollouts:` node."""
+    input:
+        every("rollouts"),

@@ -4,8 +4,8 @@ times and versions.
 Reads   --graph   JSON: {"nodes": [{"stage", "name", "parents": [ids], "recipe"}]},
                   with "sweep" and "varied" where a node is of a sweep
         --node    ID=FOLDER, once a node: its artifact. Of it are read metrics.jsonl,
-                  scores/scores.json, scores/samples.jsonl and provenance.json,
-                  those that are there
+                  scores/scores.json, scores/samples.jsonl, data/rollouts.json and
+                  provenance.json, those that are there
         --recipe  YAML of one `report:` node
 Writes  --out     report.html: one file that needs no network; the same inputs give
                   the same bytes
@@ -65,6 +65,7 @@ class Node:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    rollouts: dict[str, Any] = field(default_factory=dict)
     sweep: str = ""
     varied: dict[str, Any] = field(default_factory=dict)
 
@@ -167,6 +168,8 @@ def read_artifact(node: Node, folder: Path) -> None:
         node.scores = _object(path)
     if (path := folder / "scores" / "samples.jsonl").is_file():
         node.samples = _lines(path)
+    if (path := folder / "data" / "rollouts.json").is_file():
+        node.rollouts = dict(_flat(_object(path)))
 
 
 def _json(path: Path) -> Any:
@@ -310,6 +313,7 @@ def render(title: str, nodes: list[Node], drawing: str) -> str:
         "duration": _duration,
         "percent": _percent,
         "significant": _significant,
+        "count": _count,
         "setting": _setting,
     }
     tables = joined_tables(score_tables(nodes), nodes)
@@ -614,6 +618,12 @@ def _percent(share: float) -> str:
 
 def _significant(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _count(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return _significant(value) if isinstance(value, float) else str(value)
 
 
 def _setting(value: object) -> str:

@@ -35,6 +35,8 @@ PASSING = {"started", "finished", "seconds", "gpu_hours", "resumed", "slurm_job"
 PASSING |= {"host", "git_commit", "git_dirty"}
 """What a provenance tells that makes no other node, or is shown otherwise."""
 NEVER = "never built"
+MADE_DATA = (*DATA, "rollouts")
+"""Stages whose content is data, and no model."""
 
 
 class Side:
@@ -175,14 +177,14 @@ def data(a: Row, b: Row) -> Iterator[str]:
     own = [{p: d for p, d in r["inputs"].items() if owner(p) is None} for r in (a, b)]
     if built(a, b):
         yield from changes(*own)
-    if a["node"].split("/")[0] in DATA:
+    if a["node"].split("/")[0] in MADE_DATA:
         yield from content(a, b)
         yield from differences(a["counts"], b["counts"])
 
 
 def models(a: Row, b: Row) -> Iterator[str]:
     """What the other stages made."""
-    if a["node"].split("/")[0] not in DATA:
+    if a["node"].split("/")[0] not in MADE_DATA:
         yield from content(a, b)
 
 

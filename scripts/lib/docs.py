@@ -28,6 +28,7 @@ from scripts.lib.schema import (
     Data,
     EnvironmentRecipe,
     Generation,
+    Keep,
     Machine,
     Peft,
     Placement,
@@ -58,7 +59,7 @@ def kind_of(annotation: Any) -> str:
         return names[annotation]
     if annotation is Any:
         return "anything"
-    if annotation in (EnvironmentRecipe, Generation, Peft, Released):
+    if annotation in (EnvironmentRecipe, Generation, Keep, Peft, Released):
         return "mapping"
     return str(getattr(annotation, "__name__", annotation)).lower()
 
@@ -117,6 +118,8 @@ def reference() -> str:
             ]
         if name == "grpo":
             parts += ["Each of `environment`:", "", *table(EnvironmentRecipe), ""]
+        if name == "rollouts":
+            parts += [f"`keep:` {summary(Keep)}", "", *table(Keep), ""]
         if name in DATA_OF:
             parts += [f"`from:` as a mapping: {summary(Released)}", ""]
             parts += [*table(Released), ""]

@@ -301,7 +301,7 @@ class Executor(plugin.Executor):
         if job.state in CUT_SHORT:
             return True
         if not STAGES[node.stage].trains:
-            return False
+            return STAGES[node.stage].goes_on and job.state == "TIMEOUT"
         if job.state == "FAILED":
             return slurm.exit_code(job.id) == NOT_DONE
         return job.state == "TIMEOUT"

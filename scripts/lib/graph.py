@@ -44,8 +44,17 @@ MODEL_FOLDERS = Path("config/models")
 RESERVED = {".dvc", ".git", ".snakemake", "artifacts", "logs", "state", "work"}
 """Folders of the build itself: nothing there is an input."""
 
-DATA_OF = {"sft": "pack", "dpo": "preferences", "rm": "preferences", "grpo": "prompts"}
-"""Which stage makes the data of a post-training one."""
+DATA_OF = {
+    "sft": "pack",
+    "dpo": "preferences",
+    "rm": "preferences",
+    "grpo": "prompts",
+    "rollouts": "prompts",
+}
+"""Which stage makes the data of one that starts from a model."""
+
+OF_TURNS = ("tool_use", "sliding_puzzle")
+"""Environments that reply: conversations of several turns."""
 
 HUB = "hf:"
 """Before the name and the revision of a parent that is on the hub, for --parent."""
@@ -221,15 +230,18 @@ class Graph:
         wanted = set(self._above(id))
         if STAGES[self.nodes[id].stage].trains:
             below = {id, *self.descendants(id)}
-            data: set[str] = set().union(*(self._data_above(node) for node in below))
-            wanted |= {n for n in data if not self._above(n) & below}
+            wanted = wanted.union(*(self._data_above(node) for node in below))
         return self._in_order(wanted)
 
     def _data_above(self, id: str) -> frozenset[str]:
+        """The data above a node that no model has made."""
         if id not in self.data:
-            data = [n for n in self._above(id) if n.split("/")[0] in DATA]
+            data = [n for n in self._above(id) if self._is_data({n} | self._above(n))]
             self.data[id] = frozenset(data)
         return self.data[id]
+
+    def _is_data(self, ids: Collection[str]) -> bool:
+        return all(id.split("/")[0] in DATA for id in ids)
 
     def _above(self, id: str) -> frozenset[str]:
         if not hasattr(self, "_memo"):
@@ -297,6 +309,19 @@ def path_to(start: str, above: dict[str, list[str]]) -> str:
                 seen.add(next_)
                 ways.append([*way, next_])
     return ""
+
+
+def made_from(stage: str, node: Any) -> list[str]:
+    """The data and the tokenizer that a node names, as ids: they may lead in a circle.
+
+    Of what a data stage names, only rollouts are made by a model.
+    """
+    made_by = (DATA_OF | {"pretrain": "tokenize"}).get(stage, "rollouts")
+    names = getattr(node, "data", None) or []
+    found = [(made_by, n) for n in ([names] if isinstance(names, str) else names)]
+    if tokenizer := getattr(node, "tokenizer", None):
+        found.append(("tokenizer", tokenizer))
+    return [f"{of}/{name.split('/')[-1]}" for of, name in found]
 
 
 class _Builder:
@@ -393,12 +418,13 @@ class _Builder:
         weights = names if isinstance(names, dict) else {}
         for name in names:
             entry: dict[str, Any] = {"weight": weights[name]} if weights else {}
-            if made := self.config.generate.get(name):
+            sampled = self.config.rollouts.get(name)
+            if made := sampled or self.config.generate.get(name):
                 if made.kind not in kinds:
                     raise self.error(
                         key, f"{name} holds {made.kind}, not {' or '.join(kinds)}"
                     )
-                id = f"generate/{name}"
+                id = f"rollouts/{name}" if sampled else f"generate/{name}"
                 parents.append(id)
                 flags.append(("--data", f"{name}={self.content(id)}"))
             elif own := self.config.data.get(name):
@@ -427,7 +453,8 @@ class _Builder:
                         files.append(folder)
                         flags.append(("--data", f"{name}={folder}"))
             else:
-                known = [*self.config.data, *self.config.generate]
+                ours = (*self.config.generate, *self.config.rollouts)
+                known = [*self.config.data, *ours]
                 raise self.error(key, f"no such dataset: {name}", nearest(name, known))
             sources[name] = entry
         return {"parents": parents, "files": files, "flags": flags, "sources": sources}
@@ -486,7 +513,7 @@ class _Builder:
         return Graph([*self.made.values()], str(path), [str(f) for f in files])
 
     def check_names(self) -> None:
-        for group in (MODELS, ("generate", "data")):
+        for group in (MODELS, ("generate", "data", "rollouts")):
             seen: dict[str, str] = {}
             for stage in group:
                 names = [*getattr(self.config, stage), *self.names(stage)]
@@ -511,7 +538,8 @@ class _Builder:
                 if isinstance(node.from_, Released):
                     self.released[id] = node.from_
                 else:
-                    parent[id] = self.ref((stage, name, "from"), node.from_, PARENTS)
+                    parents = MODELS if stage == "rollouts" else PARENTS
+                    parent[id] = self.ref((stage, name, "from"), node.from_, parents)
                 self.rewards[id] = self.rewarded_by(stage, name, node)
                 above[id] = [*self.rewards[id], *filter(None, [parent.get(id)])]
         for name, node in self.sections["eval"].items():
@@ -525,7 +553,11 @@ class _Builder:
             parent[id] = next(iter(self.scored[id]))  # all are of one model
             evals = [e for e, _ in self.scored[id].values() if e]
             above[id] = [*self.scored[id], *evals]
-        for start in above:
+        starts = [*above]
+        for stage, section in self.sections.items():
+            for name, node in section.items():
+                above.setdefault(f"{stage}/{name}", []).extend(made_from(stage, node))
+        for start in starts:
             if circle := path_to(start, above):
                 stage, name = start.split("/")
                 raise self.error((stage, name, "from"), f"a cycle: {circle}")
@@ -592,10 +624,16 @@ class _Builder:
         return STAGES[stage].engine_of(wanted)
 
     def check_engines(self) -> None:
-        for stage in self.config.engine:
-            if stage != "default" and stage not in STAGES:
+        for stage, wanted in self.config.engine.items():
+            if stage == "default":
+                continue
+            if stage not in STAGES:
                 raise self.error(
                     ("engine", stage), "no such stage", nearest(stage, [*STAGES])
+                )
+            if STAGES[stage].engine_of(wanted) != wanted:
+                raise self.error(
+                    ("engine", stage), f"{wanted} has no {stage}", "transformers"
                 )
 
     def node(self, stage: str, name: str) -> Node:
@@ -1028,14 +1066,13 @@ class _Builder:
                 f"{node.warmup_steps} of {node.steps} steps leaves none to train",
             )
 
-    def post_training(self, stage: str, name: str, node: Any) -> dict[str, Any]:
+    def started(self, stage: str, name: str, node: Any) -> dict[str, Any]:
         """Where a node starts and its data node, made with one tokenizer.
 
         As parts of a node: parents, files, flags, and what its recipe has of them.
         """
         key = (stage, name)
         id = self.ref((*key, "data"), node.data, (DATA_OF[stage],))
-        self.check_warmup(key, node)
         if isinstance(node.from_, Released):
             parts = self.from_released(key, node.from_, self.tokenizer_of(id))
             return parts | {"parents": [id]}
@@ -1048,6 +1085,12 @@ class _Builder:
                 "use one tokenizer along a chain",
             )
         return {"parents": [parent, id], "flags": [("--parent", self.content(parent))]}
+
+    def post_training(self, stage: str, name: str, node: Any) -> dict[str, Any]:
+        """The same of a node that trains."""
+        parts = self.started(stage, name, node)
+        self.check_warmup((stage, name), node)
+        return parts
 
     def from_released(
         self, key: tuple[str, ...], model: Released, tokenizer: str
@@ -1131,24 +1174,52 @@ class _Builder:
                 f"try {node.batch_size // node.num_generations * node.num_generations}"
                 f" or {-(-node.batch_size // node.num_generations) * node.num_generations}",
             )
+        self.fits_after(("grpo", name), prompts, node)
+        parts["flags"].append(("--prompts", self.content(prompts)))
+        turns = node.max_turns or 1
+        if turns > 1 and node.max_conversation_tokens is None:
+            raise self.error(
+                ("grpo", name, "max_conversation_tokens"),
+                f"missing, with max_turns {turns}",
+                "the longest conversation, in tokens",
+            )
+        if longest := node.max_conversation_tokens:
+            limited = ("grpo", name, "max_conversation_tokens")
+            self.fits(limited, longest, "conversations", f"grpo/{name}")
+        return self.with_environments("grpo", name, node, parts)
+
+    def of_rollouts(self, name: str, node: Any) -> dict[str, Any]:
+        key = ("rollouts", name)
+        if found := node.mistake():
+            at, what, hint = found
+            raise self.error((*key, *at.split(".")), what, hint)
+        parts = self.started("rollouts", name, node)
+        prompts = parts["parents"][-1]
+        self.fits_after(("rollouts", name), prompts, node)
+        for kind, settings in node.environment.items():
+            if kind in OF_TURNS and settings.import_ is None:
+                raise self.error(
+                    (*key, "environment", kind),
+                    "replies to the model, and rollouts are of one turn",
+                    "train on it by grpo, with max_turns",
+                )
+        parts["flags"].append(("--prompts", self.content(prompts)))
+        return self.with_environments("rollouts", name, node, parts)
+
+    def fits_after(self, key: tuple[str, str], prompts: str, node: Any) -> None:
+        """The longest prompt with the longest completion is within the model's reach."""
         longest = self.sections["prompts"][prompts.split("/")[1]].max_prompt_tokens
         total = longest + node.max_completion_tokens
-        self.fits(
-            (*key, "max_completion_tokens"),
-            total,
-            "prompt and completion",
-            f"grpo/{name}",
-        )
-        parts["flags"].append(("--prompts", self.content(prompts)))
-        return self.with_environments(name, node, parts)
+        at = (*key, "max_completion_tokens")
+        self.fits(at, total, "prompt and completion", "/".join(key))
 
     def with_environments(
-        self, name: str, node: Any, parts: dict[str, Any]
+        self, stage: str, name: str, node: Any, parts: dict[str, Any]
     ) -> dict[str, Any]:
-        """A grpo node's parts with what its environments are made of."""
+        """A node's parts with what its environments are made of."""
         recipe = {}
         for kind, settings in node.environment.items():
-            key = ("grpo", name, "environment", kind)
+            key = (stage, name, "environment", kind)
             own = settings.import_
             if own is None and kind not in BUILT_IN:
                 hint = nearest(kind, [*BUILT_IN])
@@ -1174,20 +1245,10 @@ class _Builder:
             recipe[kind] = settings.model_dump(
                 by_alias=True, exclude_none=True, exclude={"from_"}
             )
-        for rm in self.rewards[f"grpo/{name}"]:
+        for rm in self.rewards[f"{stage}/{name}"]:
             parts["parents"].append(rm)
             parts["flags"].append(("--reward-model", self.content(rm)))
         parts["recipe"] = parts.get("recipe", {}) | {"environment": recipe}
-        turns = node.max_turns or 1
-        if turns > 1 and node.max_conversation_tokens is None:
-            raise self.error(
-                ("grpo", name, "max_conversation_tokens"),
-                f"missing, with max_turns {turns}",
-                "the longest conversation, in tokens",
-            )
-        if longest := node.max_conversation_tokens:
-            limited = ("grpo", name, "max_conversation_tokens")
-            self.fits(limited, longest, "conversations", f"grpo/{name}")
         return parts
 
     def of_dpo(self, name: str, node: Any) -> dict[str, Any]:

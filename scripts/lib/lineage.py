@@ -41,6 +41,7 @@ COUNTS = {
     "pack": "packing.json",
     "prompts": "prompts.json",
     "preferences": "preferences.json",
+    "rollouts": "rollouts.json",
 }
 """Where a stage that prepares data counts its rows, in its content."""
 NAMED = ("node", "recipe", "inputs", "code", "packages")

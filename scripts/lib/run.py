@@ -529,10 +529,10 @@ class Job:
         if self.stopped_by == signal.SIGUSR1 and status and ended_by_us:
             return False
         if status and (ended_by_us or self.stopped_by == signal.SIGTERM):
-            how = "after saving" if saved else "before it saved"
+            how = " after saving" if saved else " before it saved" if trains else ""
             raise UserError(
                 node.id,
-                f"stopped by a signal {how}",
+                f"stopped by a signal{how}",
                 "" if self.slurm else "run again",  # else the controller says more
             )
         if status:

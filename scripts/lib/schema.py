@@ -365,7 +365,29 @@ class RlRecipe(TrainingRecipe):
     parent: Released | None = Field(None, exclude=True)
 
 
-class GrpoRecipe(RlRecipe):
+class Rewarded(Strict):
+    """What is rewarded by environments."""
+
+    environment: Annotated[
+        dict[NodeName, EnvironmentRecipe],
+        BeforeValidator(_environment),
+        Field(min_length=1),
+    ] = Field(
+        default_factory=lambda: {"math": EnvironmentRecipe.model_validate({})},
+        description="Where rewards come from: one by name, or several, each with its "
+        "settings: `math`, `code`, `tool_use`, `sliding_puzzle`, `reward_model`, or "
+        "your own. Default: `math`.",
+    )
+
+    def environments(self) -> dict[str, dict[str, Any]]:
+        """The environments' settings by name, as `scripts.environments.mix` takes them."""
+        return {
+            name: found.model_dump(by_alias=True, exclude_none=True)
+            for name, found in self.environment.items()
+        }
+
+
+class GrpoRecipe(Rewarded, RlRecipe):
     """Group relative policy optimization: reward minus the mean of its group."""
 
     algorithm: Literal["grpo", "dapo"] = Field(
@@ -377,16 +399,6 @@ class GrpoRecipe(RlRecipe):
         None,
         description="dapo: draw prompts anew until their answers differ in worth. "
         "Default: true. TRL has none: engine transformers wants `false`.",
-    )
-    environment: Annotated[
-        dict[NodeName, EnvironmentRecipe],
-        BeforeValidator(_environment),
-        Field(min_length=1),
-    ] = Field(
-        default_factory=lambda: {"math": EnvironmentRecipe.model_validate({})},
-        description="Where rewards come from: one by name, or several, each with its "
-        "settings: `math`, `code`, `tool_use`, `sliding_puzzle`, `reward_model`, or "
-        "your own. Default: `math`.",
     )
     max_turns: Positive | None = Field(
         None,
@@ -412,13 +424,6 @@ class GrpoRecipe(RlRecipe):
     def draws_anew(self) -> bool:
         """Whether dynamic sampling, a part of DAPO, draws until answers differ."""
         return self.algorithm == "dapo" and self.dynamic_sampling is not False
-
-    def environments(self) -> dict[str, dict[str, Any]]:
-        """The environments' settings by name, as `scripts.environments.mix` takes them."""
-        return {
-            name: found.model_dump(by_alias=True, exclude_none=True)
-            for name, found in self.environment.items()
-        }
 
 
 class PairsRecipe(RlRecipe):
@@ -516,6 +521,72 @@ class Generation(Strict):
     max_new_tokens: Positive | None = Field(
         None, description="Longest answer. Default: 64, or half of the context."
     )
+
+
+class Keep(Strict):
+    """Which of a prompt's answers are kept, by their rewards."""
+
+    min_reward: float | None = Field(
+        None,
+        description="Least reward of a chat's answer, or of a pair's chosen one. "
+        "Default: any.",
+    )
+    at_most: Positive | None = Field(
+        None, description="chats: most answers of a prompt, the best. Default: all."
+    )
+    margin: Rate | None = Field(
+        None,
+        description="preferences: least reward of the best answer above the worst. "
+        "Default: any.",
+    )
+
+
+class RolloutsRecipe(Rewarded):
+    """Sample a model's answers, keep rewarded ones: chats for SFT, pairs for DPO."""
+
+    kind: Literal["chats", "preferences"] = Field(
+        "chats",
+        description="`chats`: answers that are good enough, for a pack node. "
+        "`preferences`: the best of a prompt against its worst, for a preferences node.",
+    )
+    samples: Positive = Field(4, description="Answers sampled of a prompt.")
+    max_completion_tokens: Positive = Field(
+        description="Longest answer; one that is cut there is never kept."
+    )
+    temperature: Rate = Field(1.0, description="Sampling temperature.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the likeliest tokens of this share together."
+    )
+    keep: Keep = Field(
+        default_factory=lambda: Keep.model_validate({}),
+        description="Which answers are kept. Chats need `min_reward` or `at_most`.",
+    )
+    batch_size: Positive = Field(128, description="Answers generated at once, about.")
+    seed: int = Field(17, description="Seed of the answers.")
+
+    def mistake(self) -> tuple[str, str, str] | None:
+        """What is wrong across its keys: the key, what, and the way out."""
+        if self.kind == "preferences":
+            if self.samples < 2:
+                return "samples", f"{self.samples}, but a pair is of two", "samples: 4"
+            if self.keep.at_most is not None:
+                return "keep.at_most", "a prompt gives one pair at most", "remove it"
+        elif self.keep.margin is not None:
+            return "keep.margin", "belongs to kind: preferences", "remove it"
+        elif self.keep.min_reward is None and self.keep.at_most is None:
+            what = "would keep every answer, wrong ones too"
+            hint = "{min_reward: 1.0}, or {at_most: 1} for the best of each prompt"
+            return "keep", what, hint
+        return None
+
+
+class Rollouts(RolloutsRecipe):
+    from_: Parent = Field(
+        alias="from",
+        description="Model: a pretrain, sft, dpo, grpo, best or export node, a released "
+        "model, or `{best: ..., by: ...}`.",
+    )
+    data: str = Field(description="Prompts node; those held back are not asked.")
 
 
 class ExportRecipe(Strict):
@@ -643,8 +714,8 @@ class Placement(Strict):
     minutes: Positive = Field(30, description="Time limit of a job.")
     slices: Positive = Field(
         10,
-        description="Times `minutes` that training may take, about: before its "
-        "limit it saves, and goes on in a further job.",
+        description="Times `minutes` that training or rollouts may take, about: before "
+        "its limit it saves, and goes on in a further job.",
     )
     stop_seconds: Positive = Field(
         120, description="Seconds before the limit at which it is asked to save."
@@ -832,6 +903,7 @@ class Config(Strict):
     rm: dict[NodeName, Rm] = {}
     grpo: dict[NodeName, Grpo] = {}
     best: dict[NodeName, Best] = {}
+    rollouts: dict[NodeName, Rollouts] = {}
     export: dict[NodeName, Export] = {}
     eval: dict[NodeName, Eval] = {}
     report: dict[NodeName, Report] = {}

@@ -40,7 +40,8 @@ class Stage:
     `nvidia_launcher`; a stage without one is run by transformers whatever the config's
     engine. `nvidia_flags` are the placement that its script there is told. `by_file`:
     its script finds what is done of its files in --out and in folders of before, and
-    can make a share of them, for other jobs.
+    can make a share of them, for other jobs. `goes_on`: after its time limit, its
+    script is started again and goes on where it was.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     nvidia_launcher: Launcher = "torchrun"
     nvidia_flags: tuple[str, ...] = schema.PARALLEL
     by_file: bool = False
+    goes_on: bool = False
 
     def engine_of(self, wanted: schema.Engine) -> schema.Engine:
         """The engine that runs this stage where the config wants `wanted`."""
@@ -196,6 +198,15 @@ STAGES: dict[str, Stage] = {
             beside=("choice.json",),
         ),
         Stage(
+            "rollouts",
+            "scripts.transformers.rollouts",
+            "data",
+            schema.Rollouts,
+            schema.RolloutsRecipe,
+            (*_TRAIN, "jinja2", "math-verify"),
+            goes_on=True,
+        ),
+        Stage(
             "export",
             "scripts.transformers.export",
             "model",
@@ -242,7 +253,7 @@ DATA = ("generate", "tokenizer", "tokenize", "pack", "prompts", "preferences")
 MODELS = ("pretrain", "sft", "dpo", "grpo", "best", "export")
 """Stages whose artifact is a language model; their nodes' names are unique together."""
 
-STARTED = ("sft", "dpo", "rm", "grpo", "export")
+STARTED = ("rollouts", "sft", "dpo", "rm", "grpo", "export")
 """Stages that start from a model: their nodes say `from`."""
 
 CANDIDATES = ("pretrain", "sft", "dpo", "grpo")

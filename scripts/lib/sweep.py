@@ -26,7 +26,7 @@ from scripts.lib.load import ConfigError, Key, Lines, models_in, nearest, valida
 from scripts.lib.schema import Chosen
 from scripts.lib.stages import CANDIDATES, MODELS, PARENTS, STAGES, STARTED
 
-SWEPT = ("pretrain", *(stage for stage in STARTED if stage != "export"))
+SWEPT = tuple(name for name, stage in STAGES.items() if stage.trains)
 """Stages whose nodes can say `sweep`."""
 OPEN = ("environment", "overrides")
 """Keys below which the schema knows no names."""

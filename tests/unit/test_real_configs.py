@@ -153,7 +153,7 @@ def test_every_method_is_planned_for_a_cpu():
         for node in nodes.values()
     }
     assert methods >= {"lora", "dora", "grpo", "dapo"}
-    assert {"dpo", "rm"} <= {node.stage for node in nodes.values()}
+    assert {"dpo", "rm", "rollouts"} <= {node.stage for node in nodes.values()}
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -266,6 +266,18 @@ def test_pairs_held_back_are_told_of(stage, tmp_path):
     assert "75.0% of the pairs held back told apart" in words
 
 
+def test_what_rollouts_kept_and_what_failed_is_told(tmp_path):
+    build = Build(tmp_path)
+    counts = {"samples": 24240, "kept": 2855, "reward": 0.66745049}
+    counts["faults"] = {"mine": {"count": 2, "first": EVIL}}
+    build.node("rollouts/solved", **{"data__rollouts.json": counts})
+    page = build.page()
+    words = Reader(page).words
+    assert "samples24,240" in words and "kept2,855" in words
+    assert "reward0.6675" in words and "faults.mine.count2" in words
+    assert "<img" not in page
+
+
 def test_a_step_logged_twice_is_drawn_once(tmp_path):
     build = Build(tmp_path)
     rows = [{"step": s, "loss": v} for s, v in ((1, 9), (2, 8), (2, 7), (3, 6))]
