@@ -28,6 +28,8 @@ from scripts.lib.stages import CANDIDATES, MODELS, PARENTS, STAGES, STARTED
 
 SWEPT = tuple(name for name, stage in STAGES.items() if stage.trains)
 """Stages whose nodes can say `sweep`."""
+FOLLOWING = (*SWEPT, "export", "release")
+"""Those, and stages whose nodes are made for each node of a sweep they start from."""
 OPEN = ("environment", "overrides")
 """Keys below which the schema knows no names."""
 LARGEST = 1000
@@ -60,7 +62,7 @@ class _Expansion:
         for stage in STARTED:
             for name, node in self.nodes(stage):
                 self.choose(stage, name, node)
-        for stage in (*SWEPT, "export"):
+        for stage in FOLLOWING:
             for name, _ in self.nodes(stage):
                 self.grid(stage, name)
         of = {"best": CANDIDATES, "eval": MODELS, "report": ("eval",)}
@@ -145,10 +147,11 @@ class _Expansion:
             return {}
         found: dict[str, tuple[Values, Values]] = {}
         own = self.own(stage, name, node)
+        kinds = PARENTS if stage in STARTED else ("export",)
         for suffix, varied in own:
             one = with_values(node, varied)
-            parent = self.find(one.get("from"), PARENTS) if stage in STARTED else None
-            above = self.grid(*parent) if parent and parent[0] in SWEPT else {}
+            parent = self.find(one.get("from"), kinds)
+            above = self.grid(*parent) if parent and parent[0] in FOLLOWING else {}
             if parent and above:
                 for its_name, (_, its) in above.items():
                     after = its_name.removeprefix(parent[1])

@@ -132,6 +132,7 @@ def test_what_starts_from_a_sweep_follows_each_of_its_nodes():
     }
     whole = built(sweep(lr=LRS), later)
     assert of(whole, "export") == ["nano_lr_1em5", "nano_lr_2em5"]
+    assert of(whole, "release") == ["nano_lr_1em5", "nano_lr_2em5"]
     assert whole.nodes["export/nano_lr_2em5"].parents == ("sft/tuned_lr_2em5",)
     assert of(whole, "grpo") == [
         f"reasoner_lr_{lr}_beta_{b}" for b in ("0", "0p1") for lr in ("1em5", "2em5")
@@ -163,7 +164,9 @@ def test_a_key_below_another_can_be_varied():
     ranks = [whole.nodes[id].recipe["peft"]["rank"] for id in whole.sweeps["sft/tuned"]]
     assert of(whole, "sft")[-2:] == ["tuned_rank_4", "tuned_rank_8"] and ranks == [4, 8]
     given = {"grpo": {"reasoner": {"sweep": {"environment.math.weight": [1.0, 2.0]}}}}
-    whole = built(given, {"export": None, "eval": None, "report": None})
+    whole = built(
+        given, {"export": None, "eval": None, "report": None, "release": None}
+    )
     (_, two) = whole.sweeps["grpo/reasoner"]
     assert whole.nodes[two].recipe["environment"]["math"]["weight"] == 2.0
 
@@ -171,7 +174,7 @@ def test_a_key_below_another_can_be_varied():
 def test_overrides_keep_the_dots_of_their_keys():
     nvidia = {"engine": "nvidia", "placement": {"sft": {"default": {"gpus": 1}}}}
     key = "overrides.optimizer.adam_beta1"
-    only = {"grpo": None, "export": None, "eval": None, "report": None}
+    only = {"grpo": None, "export": None, "eval": None, "report": None, "release": None}
     placed = {"pretrain": {"default": {"gpus": 1}}}
     whole = built(sweep(**{key: [0.8, 0.9]}), nvidia, only, {"placement": placed})
     (one, _) = whole.sweeps["sft/tuned"]
