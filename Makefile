@@ -50,8 +50,8 @@ env-nvidia: ## the GPU engine's own environment: Python 3.12, CUDA's compiler, 4
 export: $(READY) ## build the model: tokenize … export, eval, report, release
 	@snakemake --profile $(PROFILE) export
 
-plan: $(READY) ## each node: what will happen and why
-	@python -m scripts.lib.plan
+plan: $(READY) ## each node: what will happen, why, time and cost; PROFILE=slurm: on the cluster
+	@python -m scripts.lib.plan $(if $(filter slurm,$(PROFILE)),--cluster slurm/cluster.yaml)
 
 dag: $(READY) ## draw the graph of nodes: dag.svg, dag.png
 	@python -m scripts.lib.plan --draw dag.svg --draw dag.png

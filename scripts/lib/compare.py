@@ -32,7 +32,7 @@ from scripts.lib.store import LOCK, PARAMS, differences, load_yaml, read_lock, s
 SECTIONS = ("nodes", "settings", "data", "models", "code", "environment", "scores")
 """What is compared, in the order shown; metrics come last."""
 PASSING = {"started", "finished", "seconds", "gpu_hours", "resumed", "slurm_job"}
-PASSING |= {"host", "git_commit", "git_dirty"}
+PASSING |= {"host", "git_commit", "git_dirty", "cpu_hours", "setup_seconds"}
 """What a provenance tells that makes no other node, or is shown otherwise."""
 NEVER = "never built"
 MADE_DATA = (*DATA, "rollouts")

@@ -23,6 +23,7 @@ from scripts.lib.errors import UserError
 from scripts.lib.graph import DATA_OF
 from scripts.lib.plan import DEFAULT
 from scripts.lib.schema import (
+    Budget,
     ClusterPlacement,
     Container,
     Data,
@@ -125,7 +126,8 @@ def reference() -> str:
             parts += [*table(Released), ""]
     parts += ["#### `placement:`", "", summary(Placement), ""]
     parts += ["By stage, then node; `default` at either level is the base.", ""]
-    parts += [*table(Placement), "", "#### `slurm/cluster.yaml`", ""]
+    parts += [*table(Placement), "", "#### `budget:`", "", summary(Budget), ""]
+    parts += [*table(Budget), "", "#### `slurm/cluster.yaml`", ""]
     parts += ["Where a cluster differs: `--profile slurm` reads it.", ""]
     for key, model in (("container", Container), ("machine", Machine)):
         parts += [f"`{key}:` {summary(model)}", "", *table(model), ""]

@@ -27,6 +27,7 @@ from scripts.lib.schema import (
     PARALLEL,
     RL_PLACEMENT,
     TOLD,
+    Budget,
     Cluster,
     ClusterPlacement,
     Config,
@@ -173,8 +174,12 @@ class Graph:
     """All nodes by id, parents before children.
 
     `shards` has those of each node that several jobs make, `jobs` all by their ids;
-    `sweeps` the ids of each sweep's nodes.
+    `sweeps` the ids of each sweep's nodes. `lines` and `budget` are known where it was
+    built from a config just now.
     """
+
+    lines: Lines | None = None
+    budget: Budget | None = None
 
     def __init__(self, nodes: list[Node], config: str, files: list[str]) -> None:
         self.config, self.config_files = config, files
@@ -510,7 +515,9 @@ class _Builder:
                             "no such node",
                             nearest(name, self.names(stage)),
                         )
-        return Graph([*self.made.values()], str(path), [str(f) for f in files])
+        made = Graph([*self.made.values()], str(path), [str(f) for f in files])
+        made.lines, made.budget = self.lines, self.config.budget
+        return made
 
     def check_names(self) -> None:
         for group in (MODELS, ("generate", "data", "rollouts")):

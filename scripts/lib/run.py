@@ -79,6 +79,8 @@ LAUNCHER_SAYS = re.compile(r"[EIW]\d{4} |Traceback |srun: |slurmstepd: |\[rank\d
 OUT_OF_MEMORY = re.compile(r"Out Of Memory|oom[-_ ]kill", re.IGNORECASE)
 """How Slurm says so where a step of several machines ran out of memory."""
 MADE_BY = "made_by.json"
+SETUP = "setup_seconds.json"
+"""Seconds until its first step."""
 SHARES = "[0-9]*of[0-9]*"
 """Folders in a node's work folder, of jobs that share its files."""
 PYTHON_OF_NVIDIA = Path(".venv-nvidia/bin/python")
@@ -621,12 +623,16 @@ class Job:
         clock = self.work / "seconds.json"
         before = json.loads(clock.read_text()) if clock.exists() else 0.0
         began = time.monotonic()
+        begins = not self.resumed
         while True:
             try:
                 code = process.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
                 code = None
             now = time.monotonic()
+            if begins and (self.work / "progress.json").exists():
+                write_atomic(self.work / SETUP, json.dumps(now - began))
+                begins = False
             if code is not None or now - last >= SHOW_SECONDS:
                 text = progress_line(self.work / "progress.json", trains)
                 if text and text != shown:
@@ -681,9 +687,16 @@ class Job:
     def provenance(self, began: datetime) -> dict[str, Any]:
         node = self.node
         seconds = json.loads((self.work / "seconds.json").read_text())
+        setup = self.work / SETUP
+        began_in = json.loads(setup.read_text()) if setup.exists() else None
         seen = self.work / "environment.json"  # by a script with a Python of its own
         its = json.loads(seen.read_text()) if seen.exists() else {}
         gpus = node.placement["gpus"] * node.placement["nodes"]
+        cpus = node.placement["cpus"] * node.placement["nodes"]
+        of_shares = [
+            json.loads(clock.read_text())
+            for clock in self.keyed.glob(f"{SHARES}/seconds.json")
+        ]
         locks = [identity.LOCKS["transformers"], *identity.locks_of(node.engine)]
         return {
             "node": node.id,
@@ -706,7 +719,9 @@ class Job:
             "started": began.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
+            "setup_seconds": began_in and round(began_in, 1),
             "gpu_hours": round(gpus * seconds / 3600, 4),
+            "cpu_hours": round(cpus * (seconds + sum(of_shares)) / 3600, 4),
             "resumed": getattr(self, "resumed", True),
         }
 

@@ -1,7 +1,7 @@
 """The configuration's schema: what a user may write, and what each key means.
 
-Every section but `placement` is *identity*: a stage reruns when its own settings
-change. `placement` says where and how a stage runs and reruns nothing.
+Every section but `placement` and `budget` is *identity*: a stage reruns when its own
+settings change. `placement` says where and how a stage runs and reruns nothing.
 The README's config reference is generated from the descriptions below.
 """
 
@@ -870,6 +870,23 @@ class Cluster(Strict):
     )
 
 
+class Budget(Strict):
+    """What building the whole config may cost. Changing this reruns nothing.
+
+    A build is refused before it starts where what is spent and what is to run exceed
+    it. Spent is what the provenance of the config's current nodes records, and what
+    unfinished runs have used that go on; to run is the plan's estimate, at most.
+    What is restored costs nothing; a time that is not known counts as 0, and is named.
+    """
+
+    gpu_hours: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPU-hours, all GPUs of a job together."
+    )
+    cpu_hours: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Core-hours, all cores that a job asks for together."
+    )
+
+
 def _one_engine() -> dict[str, Engine]:
     return {"default": "transformers"}
 
@@ -912,3 +929,4 @@ class Config(Strict):
         {},
         description="By stage, then by node; `default` at either level is the base.",
     )
+    budget: Budget = Field(default_factory=lambda: Budget.model_validate({}))

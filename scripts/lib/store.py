@@ -37,6 +37,8 @@ from scripts.lib.digest import Cache, Kept, Memory, same_file, write_atomic
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.identity import LOCKS, locks_of
+from scripts.lib.load import Key
+from scripts.lib.stages import STAGES
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -58,6 +60,7 @@ PARSED = Kept(STATE / "lock.json", Path(__file__), ruamel.__version__)
 MAY = "if "
 NEVER = "never built"
 HARMED = ": restore it"
+CHANGED = "changed"
 
 
 def load_yaml(path: Path) -> Any:
@@ -86,19 +89,26 @@ def shown(value: object) -> str:
     return "unset" if value is None else str(value)
 
 
-def differences(old: Any, new: Any, at: str = "") -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """`key old -> new` for each setting that differs."""
+    return [text for _, text in changed_keys(old, new)]
+
+
+def changed_keys(old: Any, new: Any, at: Key = ()) -> list[tuple[Key, str]]:
+    """Each setting that differs: its key, and `key old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*new, *old])
-        below = [(f"{at}.{k}" if at else str(k), k) for k in keys]
         return [
-            d for name, k in below for d in differences(old.get(k), new.get(k), name)
+            found
+            for k in keys
+            for found in changed_keys(old.get(k), new.get(k), (*at, str(k)))
         ]
+    name = ".".join(at)
     if isinstance(old, list) and isinstance(new, list) and old != new:
         changes = [f"without {shown(one)}" for one in old if one not in new]
         changes += [f"with {shown(one)}" for one in new if one not in old]
-        return [f"{at} {', '.join(changes) or 'in another order'}"]
-    return [] if old == new else [f"{at} {shown(old)} -> {shown(new)}"]
+        return [(at, f"{name} {', '.join(changes) or 'in another order'}")]
+    return [] if old == new else [(at, f"{name} {shown(old)} -> {shown(new)}")]
 
 
 @dataclass
@@ -157,6 +167,7 @@ class Store:
         self.held: IO[str] | None = None
         self.blocked = ""
         self.own: dict[str, list[str]] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
         self.records: dict[str, Record] = {}
         self.why: dict[str, list[str]] = {}
 
@@ -289,16 +300,16 @@ class Store:
 
     def read(self) -> None:
         """Compare dvc.lock and the files with the graph, each node by itself."""
-        entries = read_lock()
+        self.entries = read_lock()
         self.records, self.own = {}, {}
         for node in self.graph.nodes.values():
-            entry = entries.get(node.dvc)
+            entry = self.entries.get(node.dvc)
             if entry is None:
                 self.own[node.id] = [NEVER]
                 continue
             record = Record.of(entry, f"{node.stage}.{node.name}")
             self.records[node.id] = record
-            self.own[node.id] = self._changes(node, record)
+            self.own[node.id] = self.changes(node, record)
             if not self.own[node.id]:
                 self.own[node.id] = [
                     problem + HARMED for problem in self.damage(node, record.outs)
@@ -306,13 +317,14 @@ class Store:
         self._find_lost()
         self.raw.save()
 
-    def _changes(self, node: Node, record: Record) -> list[str]:
+    def changes(self, node: Node, record: Record) -> list[str]:
+        """How a node, apart from its parents, is not what is recorded."""
         was, now = record.params, node.params
-        changes = differences(was.get("recipe"), now["recipe"])
-        for file in sorted({*was.get("code", {}), *now["code"]}):
-            if was.get("code", {}).get(file) != now["code"].get(file):
-                changes.append(f"{file} changed")
-        changes += differences(was.get("packages", {}), now.get("packages", {}))
+        changes = [
+            text + self._at(node, key)
+            for key, text in changed_keys(was.get("recipe"), now["recipe"])
+        ]
+        changes += self._code_changes(node, was.get("code", {}), was.get("packages"))
         if record.command != node.command:
             changes.append("its command changed")
         if set(record.outs) != set(node.outs):
@@ -322,9 +334,58 @@ class Store:
                 changes.append(f"{file} is new to it")
             elif record.deps[file] != self.digest(file):
                 changes.append(f"{file} changed")
-        gone = set(record.deps) - set(node.files) - set(node.artifacts)
-        changes += [f"{path} is no longer read" for path in sorted(gone)]
+        for path in sorted(set(record.deps) - set(node.files) - set(node.artifacts)):
+            parts = path.split("/")
+            name = "/".join(parts[1:3]) if parts[0] == "artifacts" else path
+            gone = name == path and not Path(path).exists()
+            changes.append(f"{name} {'was removed' if gone else 'is no longer read'}")
         return changes
+
+    def _code_changes(
+        self, node: Node, code: dict[str, str], packages: dict[str, str] | None
+    ) -> list[str]:
+        """How its code and packages differ; where the engine does, all of them do."""
+        for engine in LOCKS:
+            script = STAGES[node.stage].script_of(engine)
+            if engine != node.engine and f"{script.replace('.', '/')}.py" in code:
+                if script == node.script:
+                    continue
+                where = self._at_key("engine", node.stage)
+                return [f"engine {engine} -> {node.engine}{where}"]
+        changes = []
+        for file in sorted({*code, *node.code}):
+            if file not in code:
+                changes.append(f"{file} is new to its code")
+            elif file not in node.code:
+                changes.append(f"{file} is no longer in its code")
+            elif code[file] != node.code[file]:
+                changes.append(f"{file} changed")
+        for (package,), text in changed_keys(packages or {}, node.packages):
+            changes.append(text + self._pinned_at(node, package))
+        return changes
+
+    def _at(self, node: Node, key: Key) -> str:
+        """Where in the config a setting of a node's recipe stands."""
+        if key[0] == "sources" and key[2:] in ((), ("weight",)):
+            return self._at_key(node.stage, node.name, "data", *key[1:2])
+        if key[0] == "sources":
+            return self._at_key("data", *key[1:])
+        renamed = "from" if key[0] == "parent" else key[0]
+        return self._at_key(node.stage, node.name, renamed, *key[1:])
+
+    def _at_key(self, *key: str) -> str:
+        lines = self.graph.lines
+        return f" ({lines.where(*key).split(' ')[0]})" if lines else ""
+
+    @staticmethod
+    def _pinned_at(node: Node, package: str) -> str:
+        """Where a package's version stands."""
+        pin = re.compile(rf"{re.escape(package)}(\[.*\])?\s*==", re.IGNORECASE)
+        for lock in locks_of(node.engine):
+            for number, line in enumerate(lock.read_text().splitlines(), 1):
+                if pin.match(line.replace("_", "-")):
+                    return f" ({lock}:{number})"
+        return ""
 
     def _find_lost(self) -> None:
         """Mark what is needed, recorded, and in no cache and no remote."""
@@ -394,6 +455,50 @@ class Store:
         write_atomic(REMOTE, json.dumps(known))
         return lost
 
+    def made_before(self, node: Node, deps: dict[str, str]) -> Record | None:
+        """What DVC's cache has of a node that was made of these inputs before.
+
+        Its run cache names an entry by the digest of what the stage was made of; the
+        form is that of `dvc.stage.cache`. None where a part of the result is not here.
+        """
+        params_key = f"{node.stage}.{node.name}"
+        made_of: dict[str, Any] = {
+            "cmd": node.command,
+            "params": {str(PARAMS): {params_key: node.params}},
+            "outs": sorted(node.outs),
+        }
+        if deps:
+            listed = [{"path": p, "hash": "md5", "md5": deps[p]} for p in sorted(deps)]
+            made_of["deps"] = listed
+        text = json.dumps(made_of, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        folder = self.runs / key[:2] / key
+        entries = sorted(folder.glob("*"), key=os.path.getmtime, reverse=True)
+        for entry in entries[:1]:  # as DVC does
+            try:
+                record = Record.of(load_yaml(entry), params_key)
+            except ruamel.error.YAMLError:  # DVC drops it then
+                return None
+            if all(map(self.cache.holds, record.outs.values())):
+                return record
+        return None
+
+    def made_as(self, node: Node, path: str, md5: str) -> Record | None:
+        """What DVC's run cache has of the node with this content at `path`."""
+        head = f"cmd: {node.command}\n"
+        for entry in self.runs.glob("*/*/*"):
+            text = entry.read_text(errors="replace")
+            if text.startswith(head) and md5 in text:
+                record = Record.of(load_yaml(entry), f"{node.stage}.{node.name}")
+                if record.outs.get(path) == md5:
+                    return record
+        return None
+
+    @property
+    def runs(self) -> Path:
+        """DVC's run cache."""
+        return self.cache.folder.parents[1] / "runs"
+
     # ---- which manifests exist ----------------------------------------------------
 
     def settle(self, keep: bool, write: bool = True) -> dict[str, list[str]]:
@@ -420,7 +525,7 @@ class Store:
                 elif artifact not in entry.deps:
                     reasons += [f"{parent} is new to it"] * bool(entry.outs)
                 elif entry.deps[artifact] != outs[parent][artifact]:
-                    reasons.append(f"{parent} changed")
+                    reasons.append(f"{parent} {CHANGED}")
             why[node.id] = list(dict.fromkeys(reasons))
             if not reasons:
                 outs[node.id] = entry.outs

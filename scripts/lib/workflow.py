@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import graph, plan
+from scripts.lib import estimate, graph, plan
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph
 from scripts.lib.progress import say
@@ -177,6 +177,7 @@ class Workflow:
                 )
             self.store.hold()
             self.check_engines()
+            estimate.check_budget(self.store, self.to_run())
             if self.cluster:
                 from scripts.lib import doctor
 
@@ -188,6 +189,12 @@ class Workflow:
                 traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)
+
+    def to_run(self) -> set[str]:
+        """The nodes that Snakemake will run, or may."""
+        jobs = [job.rule.name for job in self.snakemake.dag.needrun_jobs()]
+        known = self.store.graph.jobs
+        return {known[name].whole for name in jobs if name in known}
 
     def check_engines(self) -> None:
         """Raise where a node that will run has no Python, or nothing to start from."""

@@ -119,11 +119,22 @@ def test_a_clone_plans_the_same_whatever_was_pulled(clone: Project, pulled: str)
 def test_a_setting_changed_and_back_is_restored_not_trained(project: Project):
     before = project.lock()
     set_lr(project, "1.0e-5", "2.0e-5")
+    budget = "budget: {cpu_hours: 0}\n"
+    project.edit("config/config.yaml", "placement:", f"{budget}placement:")
+    assert project.build("grpo", check=False) == {}
+    assert project.code and "budget.cpu_hours: 0 core-hours" in project.output
+    project.edit("config/config.yaml", budget, "")
     project.build("grpo")
+    project.edit("config/config.yaml", "placement:", f"{budget}placement:")
+    after = project.reason("export/nano")
+    assert "grpo/reasoner changed <- lr 1.0e-5 -> 2.0e-5 (config/config.yaml:" in after
     set_lr(project, "2.0e-5", "1.0e-5")
-    assert project.build("grpo") == {"grpo/reasoner": "restored"}
-    assert project.lock() == before
+    assert project.reason("grpo/reasoner").startswith("restore ")
+    assert project.reason("export/nano").startswith("current ")
+    assert project.build("grpo") == {"grpo/reasoner": "restored"}  # it costs nothing
+    project.edit("config/config.yaml", budget, "")
     assert_current(project)
+    assert project.lock() == before
 
 
 def test_a_chat_reruns_pack_and_its_sft_not_tokenize_nor_pretrain(project: Project):
