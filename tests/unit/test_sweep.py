@@ -214,8 +214,9 @@ def test_the_plan_counts_a_sweeps_nodes_and_says_what_is_new_to_a_list():
         ("a", "without b"),
         ("ba", "in another order"),
     ):
-        assert differences(["a", "b"], [*now], "names") == [f"names {said}"]
-    assert differences(["a"], ["a"], "names") == []
+        old, new = {"names": ["a", "b"]}, {"names": [*now]}
+        assert differences(old, new) == [f"names {said}"]
+    assert differences({"names": ["a"]}, {"names": ["a"]}) == []
 
 
 def test_what_a_cluster_lacks_is_said_of_the_sweeps_placement():
