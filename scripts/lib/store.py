@@ -322,7 +322,7 @@ class Store:
         was, now = record.params, node.params
         changes = [
             text + self._at(node, key)
-            for key, text in changed_keys(was.get("recipe"), now["recipe"])
+            for key, text in changed_keys(was.get("recipe", {}), now["recipe"])
         ]
         changes += self._code_changes(node, was.get("code", {}), was.get("packages"))
         if record.command != node.command:
