@@ -158,7 +158,7 @@ class Workers:
         self.processes: list[BaseProcess] = []
         self.idle: SimpleQueue[Connection] = SimpleQueue()
         self.threads = ThreadPoolExecutor(num)
-        os.environ["RAYON_NUM_THREADS"] = "1"  # the cores are the processes'
+        fast.use_threads(1)  # the cores are the processes'
 
     def __enter__(self) -> Workers:
         return self
@@ -238,7 +238,7 @@ _of_parent: list[DocumentEncoder] = []
 def _serve(connection: Connection, folder: Path, recipe: TokenizeRecipe) -> None:
     """Encode what comes until the parent ends, whose interruption is its own matter."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    fast.use_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

@@ -52,7 +52,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scripts.data.chats import load_tokenizer
-from scripts.data.fast import Checks, Encoder
+from scripts.data.fast import Checks, Encoder, num_cores, use_threads
 from scripts.lib import cli
 from scripts.lib.errors import DataError
 from scripts.lib.progress import Progress
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.parse_rows(__doc__, argv)
     recipe = cli.load_recipe(args.recipe, PackRecipe)
     data = cli.named_paths(args.data)
-    use_cores()
+    use_threads(num_cores())
     encoder = ChatEncoder(args.tokenizer)
     progress = Progress(args.work)
     with Chats(args.work / "chats.bin", recipe) as chats:
@@ -224,13 +224,6 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "packing.json").write_text(json.dumps(counts, indent=2) + "\n")
     progress.report(1, 1, chats=counts["chats"])
     return 0
-
-
-def use_cores() -> None:
-    """Let both tokenizer libraries use the cores the node has, and no more."""
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        os.environ["RAYON_NUM_THREADS"] = threads
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 
 def collect(

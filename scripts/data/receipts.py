@@ -88,7 +88,7 @@ class Earlier:
             documents += receipt["documents"]
             tokens += receipt["tokens"]
 
-    @property
+    @cached_property
     def names(self) -> set[str]:
         """The files it has, as they were."""
         return {name for name, _digest in self._starts}

@@ -38,16 +38,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from scripts.data.documents import DocumentEncoder, Encoded, Workers
-from scripts.data.fast import Checks, Part
+from scripts.data.fast import Checks, Part, num_cores
 from scripts.data.receipts import (
     FINISHED,
     RECEIPTS,
@@ -154,6 +156,42 @@ def settings_with(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
     return settings | of_source
 
 
+class Content:
+    """What a unit holds, by its name and digest.
+
+    The digest is taken where it is asked for, or by a thread from `begin` on, while
+    others encode.
+    """
+
+    def __init__(self, name: str, take: Callable[[], str]) -> None:
+        self.name, self.take = name, take
+        self._digest: Future[str] | None = None
+
+    def begin(self) -> None:
+        """Have the digest by the time that it is asked for."""
+        if self._digest is None:
+            self._digest = Future()
+            Thread(target=self._fulfil, args=(self._digest,), daemon=True).start()
+
+    def _fulfil(self, digest: Future[str]) -> None:
+        try:
+            digest.set_result(self.take())
+        except BaseException as error:  # for the one who asks
+            digest.set_exception(error)
+
+    @property
+    def receipt(self) -> Receipt:
+        """What is known of the unit before it is read."""
+        if self._digest is None:
+            self._digest = Future()
+            self._fulfil(self._digest)
+        return {"file": self.name, "digest": self._digest.result()}
+
+    def known_to(self, earlier: Earlier) -> Receipt | None:
+        """The receipt that an earlier folder has of the same content, if it does."""
+        return earlier.find(self.receipt) if self.name in earlier.names else None
+
+
 @dataclass(frozen=True)
 class SourceFiles:
     """A source, and the units it is read in: one a file, or a whole hub dataset."""
@@ -163,8 +201,7 @@ class SourceFiles:
     files: list[Path]
     units: list[list[Path]]
     settings: dict[str, Any]
-    receipts: list[Receipt]
-    """What is known of each unit before it is read."""
+    contents: list[Content]
 
     @classmethod
     def of(
@@ -172,29 +209,32 @@ class SourceFiles:
     ) -> SourceFiles:
         files = rows.files_of(name, source, paths)
         settings = settings_with(source, settings)
-        receipts = [{"file": path.name, "digest": digest(path)} for path in files]
+        contents = [Content(path.name, partial(digest, path)) for path in files]
         if not source.hf:
             units = [[path] for path in files]
-            return cls(name, source, files, units, settings, receipts)
-        content = (
-            source.revision
-            or hashlib.blake2b(json.dumps(receipts).encode()).hexdigest()
-        )
-        receipts = [{"file": source.hf, "digest": content}]
-        return cls(name, source, files, [paths], settings, receipts)
+            return cls(name, source, files, units, settings, contents)
+
+        def of_all() -> str:
+            if source.revision:
+                return source.revision
+            found = json.dumps([one.receipt for one in contents])
+            return hashlib.blake2b(found.encode()).hexdigest()
+
+        whole = [Content(source.hf, of_all)]
+        return cls(name, source, files, [paths], settings, whole)
 
     def without(self, earlier: list[Earlier]) -> SourceFiles:
         """The same without the units that were done before."""
         left = [
-            (unit, receipt)
-            for unit, receipt in zip(self.units, self.receipts, strict=True)
-            if not any(one.find(receipt) for one in earlier)
+            (unit, content)
+            for unit, content in zip(self.units, self.contents, strict=True)
+            if not any(content.known_to(one) for one in earlier)
         ]
-        units, receipts = [u for u, _ in left], [r for _, r in left]
+        units, contents = [u for u, _ in left], [c for _, c in left]
         files = [path for unit in units for path in unit]
         if self.source.hf and units:
             files = self.files
-        return replace(self, files=files, units=units, receipts=receipts)
+        return replace(self, files=files, units=units, contents=contents)
 
     @property
     def num_bytes(self) -> int:
@@ -224,8 +264,7 @@ def shared(
 
 def num_workers(sources: list[SourceFiles]) -> int:
     """Processes that encode: one a core that the node has, fewer for little data."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    cores = int(wanted) if wanted.isdecimal() else len(os.sched_getaffinity(0))
+    cores = num_cores()
     if any(source.source.hf and not source.files for source in sources):
         return cores
     num_bytes = sum(source.num_bytes for source in sources)
@@ -247,8 +286,8 @@ class State:
         self.finished = told.finished
         if (
             told.settings == source.settings
-            and len(told.files) <= len(source.receipts)
-            and all(map(same_file, told.files, source.receipts))
+            and len(told.files) <= len(source.contents)
+            and all(map(same_file, told.files, (c.receipt for c in source.contents)))
         ):
             self._count(told.files)
 
@@ -260,7 +299,7 @@ class State:
 
     def is_whole(self) -> bool:
         """Whether an earlier run finished bin and idx, and they are undamaged."""
-        done = self.finished and len(self.files) == len(self.source.receipts)
+        done = self.finished and len(self.files) == len(self.source.contents)
         if not done or self.bad_rows > self.source.source.max_bad_rows:
             return False
         try:
@@ -322,7 +361,7 @@ class Ways:
         found: dict[int, Earlier] = {}
         for folder in folders:
             earlier = Earlier(folder, source.name, source.settings)
-            here = [u for u in units if earlier.find(source.receipts[u])]
+            here = [u for u in units if source.contents[u].known_to(earlier)]
             found = dict.fromkeys(here, earlier) | found
         return cls(found, dict.fromkeys(units, "refused") if refused else {})
 
@@ -350,7 +389,7 @@ def write(
                 else:
                     ways.because[unit] = fault
                     answer = "Hugging Face's tokenizer encodes the whole file"
-                say(f"{source.receipts[unit]['file']}: {fault}; {answer}")
+                say(f"{source.contents[unit].name}: {fault}; {answer}")
         shard.finish()
     finally:
         shard.close()
@@ -371,25 +410,25 @@ def write_units(
     """Write units until all are done or one's ids are wrong; tell what was wrong."""
     num_checked, total = 0, max(1, source.num_bytes)
     for batch, encoded in workers.encode(batches(source, state, ways)):
-        known = source.receipts[batch.unit]
+        content = source.contents[batch.unit]
         if encoded.fault:
             return encoded.fault
         if encoded.refused:
             raise refusal(source, batch, encoded)
-        if batch.earlier and not batch.earlier.copy(known, shard):
+        if batch.earlier and not batch.earlier.copy(content.receipt, shard):
             return "its tokens of before are damaged"
         shard.add(encoded.ids, encoded.lengths)
         num_checked += batch.num_checked
         if batch.earlier:
             shard.flush()
-            state.add(batch.earlier.find(known) or known)
+            state.add(batch.earlier.find(content.receipt) or content.receipt)
         elif batch.bad_rows is not None:
             shard.flush()
             because = ways.because.get(batch.unit)
             tokens = shard.num_tokens - state.tokens
             state.add(
                 {
-                    **known,
+                    **content.receipt,
                     "documents": shard.num_documents - state.documents,
                     "tokens": tokens,
                     "bytes": tokens * shard.dtype.itemsize,
@@ -433,7 +472,8 @@ def batches(
 
     for unit, paths in enumerate(source.units[first:], first):
         earlier = ways.earlier.get(unit)
-        receipt = earlier and earlier.find(source.receipts[unit])
+        content = source.contents[unit]
+        receipt = earlier and earlier.find(content.receipt)
         if receipt and num_bad + receipt["bad_rows"] <= source.source.max_bad_rows:
             num_bad += receipt["bad_rows"]
             bytes_before += sum(path.stat().st_size for path in paths)
@@ -452,6 +492,7 @@ def batches(
             check = checks.choose(texts) if checks else None
             batch.num_checked = len({i for i, _part in check or ()})
             yield batch, texts, check
+            content.begin()  # not before the workers are there: they are forked
         read = bytes_before + reader.bytes_read
         yield Batch(unit, read, bad_rows=reader.num_bad - num_bad), [], None
         num_bad = reader.num_bad

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,8 @@ def load_recipe(path: Path, model: type[Recipe]) -> Recipe:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
+    # else it looks for some in all that is installed
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         return model.model_validate(YAML(typ="safe").load(path) or {})
     except (OSError, YAMLError) as error:
@@ -98,6 +102,7 @@ def load_recipe(path: Path, model: type[Recipe]) -> Recipe:
 
 def run(main: Callable[[], int]) -> None:
     """Run a stage's main and exit; a user's mistake is shown without a traceback."""
+    gc.freeze()  # what was imported stays: no collection has to look at it
     try:
         code = main()
     except UserError as error:

@@ -354,9 +354,10 @@ def test_pieces_of_a_long_text_are_checked(encoder, monkeypatch):
 
 def test_of_a_long_text_only_pieces_with_what_is_rare_are_encoded_twice(monkeypatch):
     monkeypatch.setattr(fast, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(fast, "SAMPLE_CHARACTERS", 150)
     text = "a" * 250 + "é" + "a" * 400
     checks = Checks()
-    assert checks.choose([text]) == [(0, slice(0, 164)), (0, slice(136, 364))]
+    assert checks.choose([text]) == [(0, slice(0, 150)), (0, slice(136, 364))]
     assert checks.choose([text, "é"]) == [], "it is settled"
     short = "a" * 150 + "\0"
     assert checks.choose([text, short]) == [(1, WHOLE)]
@@ -374,6 +375,24 @@ def test_each_text_with_a_code_point_not_seen_is_checked_and_a_sample():
         (i + 2, p) for i, p in checks.choose(texts[2:])
     ]
     assert chosen == whole(0, EVERY, *(EVERY + i for i in (3, 5, 7, 8)))
+
+
+def test_pieces_hold_each_rare_code_point_once_and_what_is_never_settled_always(
+    monkeypatch,
+):
+    monkeypatch.setattr(fast, "PIECE_CHARACTERS", 100)
+    checks = Checks()
+    checks.choose(["a"])
+    rare = ["é", "\0", "ü漢", "é演", "b\0"]
+    found = checks.choose(["".join(part.ljust(100, "a") for part in rare)])
+    assert [(part.stop - 64) // 100 for _i, part in found] == [1, 2, 3, 5]
+
+
+def test_of_many_texts_fewer_are_a_sample(monkeypatch):
+    monkeypatch.setattr(fast, "MANY", EVERY + 1)
+    later = fast.EVERY_LATER
+    found = Checks().choose(["a"] * (2 * later + 1))
+    assert found == whole(0, EVERY, later, 2 * later)
 
 
 def test_what_unicode_may_yet_change_is_always_checked_and_marks_more_often():
