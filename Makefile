@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 export PIPELINE_CONFIG := $(CONFIG)
 
-.PHONY: help env env-nvidia export plan dag doctor status lineage verify diff chat check test cluster gpu bench bench-gpu bench-plan docs
+.PHONY: help env env-nvidia export plan dag doctor status lineage verify diff clean chat check test cluster gpu bench bench-gpu bench-plan docs
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,10 @@ verify: $(READY) ## recompute every digest of a node and its ancestors: make ver
 
 diff: $(READY) ## settings, data, code, versions, scores: make diff A=[REVISION:]NODE B=...
 	@python -m scripts.lib.lineage diff "$(A)" "$(B)"
+
+clean: $(READY) ## what could be freed, who needs the rest: YES=1 frees it, KIND= NODE= REFS= narrow
+	@python -m scripts.lib.clean $(if $(filter 1 yes,$(YES)),--yes) $(addprefix --kind ,$(KIND)) \
+	  $(if $(filter command environment,$(origin NODE)),--node "$(NODE)") $(if $(REFS),--refs $(REFS))
 
 chat: $(READY) ## talk to the exported model: make chat MODEL=...
 	@python -m scripts.chat $(MODEL)

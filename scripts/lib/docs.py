@@ -39,6 +39,11 @@ from scripts.lib.schema import (
 from scripts.lib.stages import STAGES
 from scripts.nvidia.versions import table as of_lock
 
+KEEP = (
+    "Any node may say `keep: true`: `make clean` then frees no version of it, nor of "
+    "what that was made from. Changing this reruns nothing."
+)
+
 
 def kind_of(annotation: Any) -> str:
     """A type as a reader of YAML would call it."""
@@ -101,7 +106,7 @@ def summary(model: type[BaseModel]) -> str:
 
 def reference() -> str:
     """The whole reference as Markdown."""
-    parts: list[str] = []
+    parts: list[str] = [KEEP, ""]
     sections: list[tuple[str, type[BaseModel]]] = [("data", Data)]
     sections += [(name, stage.node) for name, stage in STAGES.items()]
     for name, model in sections:

@@ -99,6 +99,7 @@ class Node:
     """The name in the config of the sweep that it is of."""
     varied: dict[str, Any] = field(default_factory=dict)
     """Its values of what that varies."""
+    keep: bool = False
     share: str = ""
     """Of a job that makes a part of the node, which: `2of8`."""
 
@@ -670,6 +671,7 @@ class _Builder:
             engine,
             self.sweep_of(stage, name),
             self.lines.varied.get((stage, name), {}),
+            settings.keep,
         )
 
     def sweep_of(self, stage: str, name: str) -> str:
@@ -686,9 +688,9 @@ class _Builder:
 
     def recipe(self, stage: str, settings: Any) -> dict[str, Any]:
         """The node's settings without what it refers to; unset ones left out."""
-        keep = set(STAGES[stage].recipe.model_fields) - {"sources"}
+        of_recipe = set(STAGES[stage].recipe.model_fields) - {"sources", "keep"}
         dumped: dict[str, Any] = settings.model_dump(
-            by_alias=True, include=keep, exclude_none=True
+            by_alias=True, include=of_recipe, exclude_none=True
         )
         return dumped
 

@@ -61,6 +61,7 @@ from scripts.lib.store import (
     apart_from_builds,
     dump_yaml,
     dvc_errors,
+    key_of,
     load_yaml,
     read_lock,
     try_lock,
@@ -279,8 +280,7 @@ class Job:
                 else:
                     self.deps[dep.def_path] = str(dep.hash_info.value)
         self.inputs = {d.def_path: (d.hash_info, d.meta) for d in stage.deps}
-        text = json.dumps([self.node.params, self.deps], sort_keys=True)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.key = key_of(self.node.params, self.deps)
 
     def copy_code(self) -> Path:
         """The code that was planned, in a folder that edits do not reach."""

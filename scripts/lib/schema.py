@@ -1,7 +1,8 @@
 """The configuration's schema: what a user may write, and what each key means.
 
 Every section but `placement` and `budget` is *identity*: a stage reruns when its own
-settings change. `placement` says where and how a stage runs and reruns nothing.
+settings change, `keep` apart. `placement` says where and how a stage runs and reruns
+nothing.
 The README's config reference is generated from the descriptions below.
 """
 
@@ -41,6 +42,12 @@ class Strict(BaseModel):
         allow_inf_nan=False,
         defer_build=True,  # only what is used: a script knows one stage
     )
+
+
+class Node(Strict):
+    """What any node may say; this is not identity."""
+
+    keep: bool = False
 
 
 class Rows(Strict):
@@ -86,7 +93,7 @@ TOLD = ("license", "url", "description")
 """What is only told of a dataset: a model card shows it."""
 
 
-class Generate(Strict):
+class Generate(Node):
     """Data from the project's own deterministic generator: arithmetic."""
 
     kind: Literal[
@@ -124,7 +131,7 @@ class TokenizerRecipe(Sources):
     revision: Revision | None = Field(None, description="Its commit, 40 hex digits.")
 
 
-class Tokenizer(TokenizerRecipe):
+class Tokenizer(TokenizerRecipe, Node):
     data: Names | None = Field(None, description="Datasets to train on.")
     path: str | None = Field(None, description="Folder of a ready tokenizer.")
     chat_template: str | None = Field(
@@ -145,7 +152,7 @@ class TokenizeRecipe(Sources):
     )
 
 
-class Tokenize(TokenizeRecipe):
+class Tokenize(TokenizeRecipe, Node):
     tokenizer: str = Field(description="Tokenizer node.")
     data: Annotated[dict[str, Rate], Field(min_length=1)] | Names = Field(
         description="Datasets; with weights as a mapping `name: weight`."
@@ -164,7 +171,7 @@ class PackRecipe(Sources):
     )
 
 
-class Pack(PackRecipe):
+class Pack(PackRecipe, Node):
     tokenizer: str = Field(description="Tokenizer node.")
     data: Names = Field(description="Datasets with `messages`.")
 
@@ -177,7 +184,7 @@ class PromptsRecipe(Sources):
     seed: int = Field(0, description="Seed of the order and the split.")
 
 
-class Prompts(PromptsRecipe):
+class Prompts(PromptsRecipe, Node):
     tokenizer: str = Field(description="Tokenizer node, to measure prompts with.")
     data: Names = Field(description="Datasets with `input` and `output`.")
 
@@ -197,7 +204,7 @@ class PreferencesRecipe(Sources):
     )
 
 
-class Preferences(PreferencesRecipe):
+class Preferences(PreferencesRecipe, Node):
     tokenizer: str = Field(description="Tokenizer node, to measure with.")
     data: Names = Field(description="Datasets with `prompt`, `chosen` and `rejected`.")
 
@@ -218,7 +225,7 @@ class TrainingRecipe(Strict):
     seed: int = Field(17, description="Seed of weights, order and sampling.")
 
 
-class Swept(Strict):
+class Swept(Node):
     """A node that trains, and may be a grid of nodes."""
 
     sweep: dict[str, list[Any]] | None = Field(
@@ -488,7 +495,7 @@ class BestRecipe(Strict):
     )
 
 
-class Best(Strict):
+class Best(Node):
     """Take of several nodes the one that scores best: its model, and `choice.json`.
 
     The highest score counts, of a `loss` the lowest; of equals the first one named. A
@@ -597,7 +604,7 @@ class ExportRecipe(Strict):
     )
 
 
-class Export(ExportRecipe):
+class Export(ExportRecipe, Node):
     from_: str = Field(
         alias="from",
         description="Parent: a pretrain, sft, dpo, grpo or best node, or "
@@ -626,7 +633,7 @@ class Task(Strict):
     data: str = Field(description="Dataset with `input` and `output`.")
 
 
-class Eval(EvalRecipe):
+class Eval(EvalRecipe, Node):
     from_: Names = Field(alias="from", description="Nodes to score.")
     tasks: Annotated[dict[NodeName, Task], Field(min_length=1)] = Field(
         description="Tasks by name."
@@ -639,7 +646,7 @@ class ReportRecipe(Strict):
     title: str = Field("Training report", description="Heading of the page.")
 
 
-class Report(ReportRecipe):
+class Report(ReportRecipe, Node):
     from_: Names | None = Field(
         None, alias="from", description="Eval nodes to show. Default: all."
     )

@@ -136,6 +136,12 @@ class Record:
             ) from error
 
 
+def key_of(params: dict[str, Any], deps: dict[str, str]) -> str:
+    """The name of a node's inputs, as its work folder has it."""
+    text = json.dumps([params, deps], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def read_lock() -> dict[str, dict[str, Any]]:
     """The entries of dvc.lock by DVC stage.
 
