@@ -42,10 +42,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from scripts.lib import cli, graph, plan
 from scripts.lib.digest import on_all_cores
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Node
+from scripts.lib.load import nearest
 from scripts.lib.run import MADE_BY, git, links_to
 from scripts.lib.stages import STAGES
 from scripts.lib.status import read_json
@@ -60,7 +64,6 @@ from scripts.lib.store import (
     dvc_errors,
     is_held,
     key_of,
-    load_yaml,
     read_lock,
     try_lock,
 )
@@ -74,8 +77,8 @@ REFS = ("commits", "heads", "none")
 WORK, ARTIFACTS = Path("work"), Path("artifacts")
 KERNELS = WORK / "kernels"
 KEYED = re.compile(r"(?P<name>[a-z][a-z0-9_]*)-(?P<key>[0-9a-f]{12})")
-LOGS = ("log.txt", "tensorboard", "wandb", "mlflow")
-"""What stays of the work folder of a node that is published."""
+LOGS = ("log.txt", "logs", "tensorboard", "wandb", "mlflow_run.json")
+"""What stays of the work folder of a node that is published: what it logged."""
 TRASH = ".trash"
 
 Id = str
@@ -133,9 +136,19 @@ class Cleaner:
     def __init__(self, store: Store, refs: str | None) -> None:
         self.store, self.refs = store, refs
         self.graph, self.cache = store.graph, store.cache
-        self.of_others = other_nodes(store)
-        self.pins = {id for id, keep in self.of_others.items() if keep}
-        self.pins |= {node.id for node in self.graph.nodes.values() if node.keep}
+        nodes = self.graph.nodes
+        self.pins = {node.id for node in nodes.values() if node.keep}
+        self.of_others: set[Id] = set()
+        self.on_gpus = any(node.engine == "nvidia" for node in nodes.values())
+        for sections in other_configs(store):
+            self.on_gpus |= "nvidia" in str(sections.get("engine"))
+            for stage in STAGES:
+                named = sections.get(stage)
+                for name, node in (named if isinstance(named, dict) else {}).items():
+                    if (id := f"{stage}/{name}") not in nodes:
+                        self.of_others.add(id)
+                        if isinstance(node, dict) and node.get("keep") is True:
+                            self.pins.add(id)
 
     def work(self) -> Iterator[Item]:
         """Each folder in work/."""
@@ -148,10 +161,9 @@ class Cleaner:
             elif stage in STAGES and keyed and folder.is_dir():
                 yield self.of_work(f"{stage}/{keyed['name']}", keyed["key"], folder)
         if KERNELS.is_dir():
-            used = any(node.engine == "nvidia" for node in self.graph.nodes.values())
-            why = ("its nodes use them" if used else "no node is of it") + " now"
+            why = "a config has nodes of it" if self.on_gpus else "no config has it"
             what = f"{KERNELS}: compiled, of engine nvidia"
-            yield Item("work", "", what, why, (KERNELS,), kept=used)
+            yield Item("work", "", what, why, (KERNELS,), kept=self.on_gpus)
 
     def of_work(self, id: Id, key: str, folder: Path) -> Item:
         """What is to become of a node's work folder."""
@@ -352,25 +364,17 @@ def id_of(path: str) -> Id:
     return "/".join(parts[1:3]) if parts[0] == str(ARTIFACTS) else ""
 
 
-def other_nodes(store: Store) -> dict[Id, bool]:
-    """{id: whether it says `keep`} of the nodes that only other configs have."""
-    files = {*Path("config").rglob("*.yaml")} - {PARAMS}
-    found: dict[Id, bool] = {}
-    for file in sorted(files - {*map(Path, store.graph.config_files)}):
+def other_configs(store: Store) -> Iterator[dict[str, Any]]:
+    """The configs in config/ that the graph was not made from, as they are written."""
+    own = {PARAMS, *map(Path, store.graph.config_files)}
+    for file in sorted({*Path("config").rglob("*.yaml")} - own):
         try:
-            sections = load_yaml(file)
-        except Exception as error:  # of YAML, many
+            sections = YAML(typ="safe").load(file)
+        except YAMLError as error:
             what = f"cannot be read, nor which nodes it has: {error}"
             raise UserError(str(file), what, "mend it, or move it away") from error
-        for stage in STAGES:
-            named = sections.get(stage) if isinstance(sections, dict) else None
-            for name, node in (named if isinstance(named, dict) else {}).items():
-                keep = isinstance(node, dict) and node.get("keep") is True
-                if f"{stage}/{name}" not in store.graph.nodes:
-                    found[f"{stage}/{name}"] = keep or found.get(
-                        f"{stage}/{name}", False
-                    )
-    return found
+        if isinstance(sections, dict):
+            yield sections
 
 
 def locks_of(id: Id) -> list[Path]:
@@ -412,25 +416,29 @@ def recorded(repo: Repo, revisions: list[str]) -> set[str]:
 def built_before(repo: Repo) -> Iterator[Record]:
     """What DVC's run cache remembers: which inputs gave which outputs."""
     for path in sorted(Path(repo.stage_cache.cache_dir).glob("*/*/*")):
-        try:
-            yield with_params(load_yaml(path))
-        except Exception as error:  # of YAML, many
-            logging.getLogger(__name__).debug("%s: %s", path, error)
-
-
-def with_params(entry: dict[str, Any]) -> Record:
-    """A recorded entry of one stage, with its parameters whatever their name."""
-    named = entry.get("params", {}).get(str(PARAMS), {})
-    return Record.of(entry, next(iter(named), ""))
+        yield from records({"": parsed(path.read_text())})
 
 
 def at_commit(revision: str) -> Iterator[Record]:
     """What dvc.lock recorded at a commit."""
-    from ruamel.yaml import YAML
-
     text = git("show", f"{revision}:./dvc.lock")
-    entries = (YAML(typ="safe").load(text or "") or {}).get("stages", {})
-    yield from map(with_params, entries.values())
+    yield from records(parsed(text or "").get("stages", {}))
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A mapping in YAML; nothing where it is none: DVC could not read it either."""
+    try:
+        found = YAML(typ="safe").load(text)
+    except YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def records(entries: dict[str, dict[str, Any]]) -> Iterator[Record]:
+    """Recorded entries, each with its parameters whatever their name."""
+    for entry in entries.values():
+        named = entry.get("params", {}).get(str(PARAMS), {})
+        yield Record.of(entry, next(iter(named), ""))
 
 
 # ---- freeing --------------------------------------------------------------------
@@ -448,16 +456,21 @@ def remove(item: Item) -> bool:
                 return False
         for path in item.paths:
             away = path if left_over(path) else path.with_name(f".{path.name}{TRASH}")
-            if away.exists() and away != path:
-                shutil.rmtree(away)
-            path.rename(away)
-            if away.is_dir() and not away.is_symlink():
-                shutil.rmtree(away)
-            else:
-                away.unlink()
+            if away != path:
+                discard(away)
+                path.rename(away)
+            discard(away)
         if item.kind == "artifacts" and item.node:
             Path(STATE, f"{item.node}.files.json").unlink(missing_ok=True)
     return True
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def collect_garbage(odb: HashFileDB, objects: set[str]) -> None:
@@ -467,16 +480,15 @@ def collect_garbage(odb: HashFileDB, objects: set[str]) -> None:
     from dvc_data.hashfile.hash_info import HashInfo
 
     gc(odb, [HashInfo("md5", one) for one in set(odb.all()) - objects])
-    get_index(odb).clear()  # what a remote was seen to have
+    get_index(odb).clear()
 
 
-def table(items: list[Item], about: str) -> list[str]:
+def table(items: list[Item]) -> list[str]:
     """Rows of what there is: kind, size, what, why; the largest first of a kind."""
     items = sorted(items, key=lambda i: (KINDS.index(i.kind), -i.size))
-    size = max(len(megabytes(i.size)) for i in items) + len(about)
-    what = max(len(i.what) for i in items)
+    kind, what = max(len(i.kind) for i in items), max(len(i.what) for i in items)
     return [
-        f"{i.kind:9}  {about + megabytes(i.size):>{size}}  {i.what:{what}}  {i.why}"
+        f"{i.kind:{kind}}  {megabytes(i.size):>9}  {i.what:{what}}  {i.why}"
         for i in items
     ]
 
@@ -532,47 +544,58 @@ def clean(cleaner: Cleaner, repo: Repo, args: argparse.Namespace) -> int:
     folder = Path(cache.path).resolve()
     shared = not folder.is_relative_to(Path.cwd().resolve())
     kinds = args.kind or ["work", "artifacts", *([] if shared else ["cache"])]
-    odbs = {"cache": cache}
+    odbs: dict[Kind, HashFileDB] = {"cache": cache} if "cache" in kinds else {}
+    if "remote" in kinds:
+        odbs["remote"] = repo.cloud.get_remote_odb(command="clean")
+    items = found(cleaner, repo, kinds, odbs)
+    if args.node:
+        items = [item for item in items if item.node == args.node]
+        if not items and args.node not in cleaner.graph.nodes:
+            hint = nearest(args.node, [*cleaner.graph.nodes])
+            raise UserError(args.node, "no such node, and nothing of it here", hint)
+    free = [item for item in items if not item.kept]
+    kept = [item for item in items if item.kept]
+    measure(free)
+    measure(kept)
+    about = "about " if free and links_to(folder)[:1] == ["reflink"] else ""
+    if args.yes:
+        free = freed(free, odbs)
+    elif kept:
+        print("needed:", *table(kept), "", sep="\n")
+    if free:
+        print("freed:" if args.yes else "not needed:", *table(free), "", sep="\n")
+    if not args.kind and repo.config["core"].get("remote"):
+        print("the remote is not looked at: make clean KIND=remote")
+    if not args.kind and shared:
+        print(f"the cache is elsewhere, {folder}, not looked at: make clean KIND=cache")
+    total = about + megabytes(sum(item.size for item in free))
+    again = ": the same with YES=1" if free else ""
+    print(f"freed {total}" if args.yes else f"{total} to free{again}")
+    return 0
+
+
+def found(
+    cleaner: Cleaner, repo: Repo, kinds: list[str], odbs: dict[Kind, HashFileDB]
+) -> list[Item]:
+    """All that there is of these kinds."""
     items: list[Item] = []
     if "work" in kinds:
         items += cleaner.work()
     if "artifacts" in kinds:
         items += cleaner.artifacts()
-    if "remote" in kinds:
-        odbs["remote"] = repo.cloud.get_remote_odb(command="clean")
-    for kind in ("cache", "remote"):
-        if kind in kinds:
-            items += cleaner.stored(repo, kind, odbs[kind])
-    if args.node:
-        items = [item for item in items if item.node == args.node]
-    free = [item for item in items if not item.kept]
-    measure(free)
-    measure(kept := [item for item in items if item.kept])
-    clones = links_to(folder)[:1] == ["reflink"] if cache.path and free else False
-    about = "about " if clones else ""
-    if kept and not args.yes:
-        print("needed:", *table(kept, ""), "", sep="\n")
-    if args.yes:
-        free = [item for item in free if item.objects or remove(item)]
-        for kind, odb in odbs.items():
-            objects = [item.objects for item in free if item.kind == kind]
-            if objects:
-                collect_garbage(odb, set().union(*objects))
-                REMOTE.unlink(missing_ok=True)
-    if free:
-        print(
-            "freed:" if args.yes else "not needed:", *table(free, about), "", sep="\n"
-        )
-    if not args.kind and repo.config["core"].get("remote"):
-        print("the remote is not looked at: make clean KIND=remote")
-    if not args.kind and shared:
-        print(f"nor is DVC's cache {folder}, outside this folder: KIND=cache")
-    total = about + megabytes(sum(item.size for item in free))
-    if args.yes:
-        print(f"freed {total}")
-    else:
-        print(f"{total} to free" + (": make clean YES=1" if free else ""))
-    return 0
+    for kind, odb in odbs.items():
+        items += cleaner.stored(repo, kind, odb)
+    return items
+
+
+def freed(items: list[Item], odbs: dict[Kind, HashFileDB]) -> list[Item]:
+    """Free them; returns those that are."""
+    done = [item for item in items if item.objects or remove(item)]
+    for kind, odb in odbs.items():
+        if objects := [item.objects for item in done if item.kind == kind]:
+            collect_garbage(odb, set().union(*objects))
+    REMOTE.unlink(missing_ok=True)  # what was seen to be in the remote
+    return done
 
 
 if __name__ == "__main__":

@@ -30,11 +30,14 @@ from scripts.lib.schema import (
     EnvironmentRecipe,
     Generation,
     Keep,
+    Logging,
     Machine,
+    Mlflow,
     Peft,
     Placement,
     Released,
     Task,
+    Wandb,
 )
 from scripts.lib.stages import STAGES
 from scripts.nvidia.versions import table as of_lock
@@ -65,7 +68,8 @@ def kind_of(annotation: Any) -> str:
         return names[annotation]
     if annotation is Any:
         return "anything"
-    if annotation in (EnvironmentRecipe, Generation, Keep, Peft, Released):
+    kinds = (EnvironmentRecipe, Generation, Keep, Mlflow, Peft, Released, Wandb)
+    if annotation in kinds:
         return "mapping"
     return str(getattr(annotation, "__name__", annotation)).lower()
 
@@ -129,6 +133,9 @@ def reference() -> str:
         if name in DATA_OF:
             parts += [f"`from:` as a mapping: {summary(Released)}", ""]
             parts += [*table(Released), ""]
+    parts += ["#### `logging:`", "", summary(Logging), "", *table(Logging), ""]
+    for key, own in (("wandb", Wandb), ("mlflow", Mlflow)):
+        parts += [f"`{key}:` {summary(own)}", "", *table(own), ""]
     parts += ["#### `placement:`", "", summary(Placement), ""]
     parts += ["By stage, then node; `default` at either level is the base.", ""]
     parts += [*table(Placement), "", "#### `budget:`", "", summary(Budget), ""]
@@ -137,8 +144,8 @@ def reference() -> str:
     for key, model in (("container", Container), ("machine", Machine)):
         parts += [f"`{key}:` {summary(model)}", "", *table(model), ""]
     parts += ["`placement:` over the config's, level by level, with further keys:", ""]
-    own = set(ClusterPlacement.model_fields) - set(Placement.model_fields)
-    return "\n".join([*parts, *table(ClusterPlacement, own)])
+    further = set(ClusterPlacement.model_fields) - set(Placement.model_fields)
+    return "\n".join([*parts, *table(ClusterPlacement, further)])
 
 
 def mermaid() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 
 from scripts.environments.mix import BUILT_IN, own_file
-from scripts.lib import hub, identity, parallel
+from scripts.lib import hub, identity, parallel, tracking
 from scripts.lib.errors import UserError
 from scripts.lib.load import (
     ConfigError,
@@ -100,6 +100,7 @@ class Node:
     varied: dict[str, Any] = field(default_factory=dict)
     """Its values of what that varies."""
     keep: bool = False
+    logging: dict[str, Any] = field(default_factory=dict)
     share: str = ""
     """Of a job that makes a part of the node, which: `2of8`."""
 
@@ -500,6 +501,7 @@ class _Builder:
         self.check_names()
         self.check_engines()
         self.check_cycles()
+        self.check_logging()
         for stage, section in self.sections.items():
             for name in section:
                 self.made[f"{stage}/{name}"] = self.node(stage, name)
@@ -631,6 +633,16 @@ class _Builder:
         wanted = given.get(stage, given.get("default", "transformers"))
         return STAGES[stage].engine_of(wanted)
 
+    def check_logging(self) -> None:
+        """Raise where trainers that this Python runs could not log."""
+        self.logging = self.config.logging.model_dump(exclude_none=True)
+        in_container = self.cluster and self.cluster.container.runtime != "none"
+        ours = [s for s in STAGES if STAGES[s].trains and self.sections[s]]
+        if in_container or all(self.engine_of(s) == "nvidia" for s in ours):
+            return
+        if lacks := tracking.lacking(self.logging):
+            raise self.error(("logging", lacks[0]), *lacks[1:])
+
     def check_engines(self) -> None:
         for stage, wanted in self.config.engine.items():
             if stage == "default":
@@ -672,6 +684,7 @@ class _Builder:
             self.sweep_of(stage, name),
             self.lines.varied.get((stage, name), {}),
             settings.keep,
+            self.logging if spec.trains else {},
         )
 
     def sweep_of(self, stage: str, name: str) -> str:

@@ -27,7 +27,7 @@ OF_RL = Path("envs/nemo-rl.lock")
 """What the engine nvidia takes from NVIDIA's container alone."""
 
 NEUTRAL = {f"scripts.lib.{name}" for name in ("cli", "errors", "progress", "schema")}
-NEUTRAL |= {"scripts.nvidia.parity"}
+NEUTRAL |= {"scripts.lib.tracking", "scripts.nvidia.parity"}
 """Modules that cannot change a result: the recipe they check is identity itself, and a
 check decides whether something is published, not what.
 """

@@ -480,6 +480,11 @@ class Job:
         words += ["--out", str(content), "--work", str(self.work)]
         words += [word for flag in with_parent(node) for word in flag]
         words += placement_flags(node)
+        if trains:
+            logging = self.work / "logging.json"
+            told = {**node.logging, "run": node.id, "id": f"{node.dvc}-{self.key}"}
+            logging.write_text(json.dumps(told))
+            words += ["--logging", str(logging)]
         if by_file:
             words += self.earlier_flags()
         if node.share:

@@ -1,8 +1,8 @@
 """The configuration's schema: what a user may write, and what each key means.
 
-Every section but `placement` and `budget` is *identity*: a stage reruns when its own
-settings change, `keep` apart. `placement` says where and how a stage runs and reruns
-nothing.
+Every section but `placement`, `logging` and `budget` is *identity*: a stage reruns when
+its own settings change, `keep` apart. `placement` says where and how a stage runs,
+`logging` where to it logs: neither reruns anything.
 The README's config reference is generated from the descriptions below.
 """
 
@@ -690,7 +690,7 @@ class ReleaseRecipe(Strict):
     base: Released | None = Field(None, exclude=True)
 
 
-class Release(ReleaseRecipe):
+class Release(ReleaseRecipe, Node):
     from_: str = Field(alias="from", description="Export node.")
 
 
@@ -894,6 +894,44 @@ class Budget(Strict):
     )
 
 
+class Wandb(Strict):
+    """Weights & Biases; its key comes from WANDB_API_KEY, or `wandb login`."""
+
+    project: Annotated[str, Field(min_length=1)] = Field(description="Project there.")
+    entity: str | None = Field(None, description="User or team. Default: your own.")
+    mode: Literal["online", "offline"] | None = Field(
+        None,
+        description="`offline` writes to the work folder, for `wandb sync`. Default: "
+        "what WANDB_MODE says, else online.",
+    )
+
+
+class Mlflow(Strict):
+    """MLflow; its credentials come from the environment: MLFLOW_TRACKING_TOKEN."""
+
+    tracking_uri: Annotated[str, StringConstraints(pattern=r"^[^@\s]+$")] = Field(
+        description="Server, or `sqlite:///mlflow.db`; no user or password in it."
+    )
+    experiment: Annotated[str, Field(min_length=1)] = Field(
+        description="Experiment there; it is made where there is none."
+    )
+
+
+class Logging(Strict):
+    """Where trainers log to besides `metrics.jsonl`. Changing this reruns nothing.
+
+    A run is named after its node; one that goes on after a stop keeps its run there.
+    """
+
+    tensorboard: bool | None = Field(
+        None,
+        description="To `tensorboard/` in the node's work folder. Default: where "
+        "TensorBoard is installed.",
+    )
+    wandb: Wandb | None = Field(None, description="To Weights & Biases.")
+    mlflow: Mlflow | None = Field(None, description="To MLflow.")
+
+
 def _one_engine() -> dict[str, Engine]:
     return {"default": "transformers"}
 
@@ -932,6 +970,7 @@ class Config(Strict):
     eval: dict[NodeName, Eval] = {}
     report: dict[NodeName, Report] = {}
     release: dict[NodeName, Release] = {}
+    logging: Logging = Field(default_factory=lambda: Logging.model_validate({}))
     placement: dict[str, dict[str, dict[str, Any]]] = Field(
         {},
         description="By stage, then by node; `default` at either level is the base.",

@@ -25,7 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.lib import cli, outputs
+from scripts.lib import cli, outputs, tracking
 from scripts.lib.errors import RecipeError, UserError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import PARALLEL, Placement
@@ -64,6 +64,7 @@ def parser(doc: str | None, trains: bool = True) -> argparse.ArgumentParser:
         flags.add_argument(
             "--save-steps", type=int, default=100, help="steps between two saves"
         )
+        tracking.add_flag(flags)
     for name in PARALLEL:
         field = Placement.model_fields[name]
         is_truth = field.annotation in (bool, bool | None)
@@ -494,6 +495,8 @@ def train(
     Raises LossNotFinite, and NotDone where training ends at another step. An exit code of 0 says nothing: Bridge exits so when stopped.
     """
     saves, history = args.work / "saves", History(args.work)
+    for key, value in log_settings(args).items():
+        setattr(config.logger, key, value)
 
     def find() -> dict[str, Any]:
         (args.work / outputs.STOPPED).unlink(missing_ok=True)
@@ -552,6 +555,24 @@ def train(
     if watch.step != recipe.steps or not watch.ended:
         raise outputs.NotDone(f"training ended at step {watch.step} of {recipe.steps}")
     return True
+
+
+def log_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What Bridge is told of logging, which its last process does.
+
+    At MLflow each start is a run of its own: it logs settings that cannot change there.
+    """
+    logging, name = args.logging, args.logging.get("run")
+    found: dict[str, Any] = {}
+    if not tracking.start(logging, args.work):
+        found["tensorboard_dir"] = None
+    if wandb := logging.get("wandb"):
+        found |= {"wandb_project": wandb["project"], "wandb_exp_name": name}
+        found |= {"wandb_entity": wandb.get("entity"), "wandb_save_dir": str(args.work)}
+    if mlflow := logging.get("mlflow"):
+        found |= {"mlflow_experiment": mlflow["experiment"], "mlflow_run_name": name}
+        found |= {"mlflow_tracking_uri": mlflow["tracking_uri"]}
+    return found
 
 
 def sizes_of(config: ConfigContainer) -> dict[str, int]:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import cli, outputs
+from scripts.lib import cli, outputs, tracking
 from scripts.lib.errors import DataError, UserError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import RL_PLACEMENT, Placement
@@ -360,14 +360,33 @@ def around(args: argparse.Namespace) -> dict[str, Any]:
         "checkpointing": checkpointing,
         "logger": {
             "log_dir": str((args.work / "logs").absolute()),
-            "wandb_enabled": False,
-            "tensorboard_enabled": False,
-            "mlflow_enabled": False,
             "swanlab_enabled": False,
             "monitor_gpus": False,
+            **log_settings(args),
         },
         "cluster": {"gpus_per_node": args.gpus, "num_nodes": args.nodes},
     }
+
+
+def log_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What NeMo-RL is told of logging.
+
+    At MLflow each start is a run of its own: it logs settings that cannot change there.
+    """
+    logging, name = args.logging, args.logging.get("run")
+    names = tracking.start(logging, args.work)
+    found: dict[str, Any] = {f"{n}_enabled": n in names for n in tracking.NAMES}
+    if wandb := logging.get("wandb"):
+        found["wandb"] = {"project": wandb["project"], "name": name}
+        if "entity" in wandb:
+            found["wandb"]["entity"] = wandb["entity"]
+    if mlflow := logging.get("mlflow"):
+        found["mlflow"] = {
+            "experiment_name": mlflow["experiment"],
+            "run_name": name,
+            "tracking_uri": mlflow["tracking_uri"],
+        }
+    return found
 
 
 def write_config(

@@ -21,7 +21,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from scripts.lib import cli, outputs
+from scripts.lib import cli, outputs, tracking
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import TrainingRecipe
@@ -42,6 +42,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     flags.add_argument(
         "--save-steps", type=int, default=100, help="steps between two saves in --work"
     )
+    tracking.add_flag(flags)
     return flags
 
 
@@ -190,7 +191,8 @@ def settings(recipe: TrainingRecipe, args: argparse.Namespace) -> dict[str, Any]
         "save_strategy": "steps",
         "save_steps": args.save_steps,
         "save_total_limit": 2,
-        "report_to": [],
+        "report_to": report_to(args) if is_writer() else [],
+        "run_name": args.logging.get("run"),
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
@@ -200,6 +202,14 @@ def settings(recipe: TrainingRecipe, args: argparse.Namespace) -> dict[str, Any]
         # Left to itself, a torch built with MPI would want its launcher.
         "ddp_backend": "gloo" if use_cpu and num_processes() > 1 else None,
     }
+
+
+def report_to(args: argparse.Namespace) -> list[str]:
+    """Where the Trainer logs to, by its own callbacks."""
+    names = tracking.start(args.logging, args.work)
+    if "mlflow" in names:
+        os.environ["MLFLOW_RUN_ID"] = tracking.mlflow_run(args.logging, args.work)
+    return names
 
 
 def train(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from scripts.eval import interval
+from scripts.lib import tracking
 from tests.engine.conftest import Stage, write
 
 STEPS, SAVE_STEPS = 12, 3
@@ -188,6 +189,52 @@ def test_a_stop_file_saves_the_step_and_exits_75(
     (work / "stop").unlink()
     assert trainer.finished(stage, "run") == whole(stage)
     assert not (work / "stopped").exists()
+
+
+def test_a_run_that_goes_on_goes_on_in_its_logs_which_change_no_byte(
+    trainer: Trainer, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    """At TensorBoard, Weights & Biases and MLflow, those of them that are installed."""
+    store = f"file:{trainer.folder / 'mlflow'}"
+    given: dict[str, Any] = {
+        "tensorboard": True,
+        "wandb": {"project": "tiny", "mode": "offline"},
+        "mlflow": {"tracking_uri": store, "experiment": "tiny"},
+    }
+    given = {name: value for name, value in given.items() if tracking.has(name)}
+    if not given:
+        pytest.skip("none is installed")
+    told = given | {"run": "sft/run", "id": "sft-run-0123456789ab"}
+    logging = write(trainer.folder / "logging.json", told)
+    work = trainer.work("run")
+    work.mkdir(parents=True)
+    (work / "stop").touch()
+    stopped = trainer("sft", "run", **{"--logging": logging})
+    assert stopped.code() == 75, stopped.text()
+    (work / "stop").unlink()
+    again = trainer.finished("sft", "run", **{"--logging": logging})
+    assert again == whole("sft")
+
+    if "tensorboard" in given:
+        from tensorboard.backend.event_processing.event_accumulator import (
+            EventAccumulator,
+        )
+
+        events = EventAccumulator(str(work / "tensorboard")).Reload()
+        steps = [event.step for event in events.Scalars("train/loss")]
+        assert steps == [*range(1, STEPS + 1)]
+    if "wandb" in given:
+        assert len([*work.glob(f"wandb/offline-run-*/run-{told['id']}.wandb")]) == 2
+    if "mlflow" in given:
+        from mlflow import MlflowClient
+
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        client = MlflowClient(store)
+        experiment = client.get_experiment_by_name("tiny").experiment_id
+        (run,) = client.search_runs([experiment])
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert run.info.run_name == "sft/run" and run.info.status == "FINISHED"
+        assert [one.step for one in history] == [*range(1, STEPS + 1)]
 
 
 @pytest.mark.parametrize("stage", ["dpo", "rm"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scripts.lib import graph
+from scripts.lib import bridge_options, graph, tracking
 from scripts.lib.errors import DataError, RecipeError, UserError
 from scripts.lib.run import placement_flags
 from scripts.lib.schema import PARALLEL, Peft, Placement, PretrainRecipe
@@ -798,3 +798,23 @@ def test_validation_losses_stand_beside_the_step_they_were_taken_at(tmp_path: Pa
 
 
 RECIPE_20 = {"steps": 20, "batch_size": 2, "lr": 0.1, "sequence_length": 2}
+
+
+def test_bridge_logs_where_the_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tracking.os, "environ", {**os.environ})
+    monkeypatch.setattr(tracking, "has", lambda package: True)
+    given = {
+        "wandb": {"project": "nano"},
+        "mlflow": {"tracking_uri": "https://host", "experiment": "nano"},
+        **{"run": "sft/instruct", "id": "sft-instruct-0123456789ab"},
+    }
+    args = argparse.Namespace(work=tmp_path, logging=given)
+    found = common.log_settings(args)
+    options = json.loads(bridge_options.OPTIONS.read_text())["sections"]["logger"]
+    assert set(found) <= set(options)
+    assert found["wandb_exp_name"] == found["mlflow_run_name"] == "sft/instruct"
+    assert os.environ["WANDB_RUN_ID"] == given["id"]
+    args.logging = {"tensorboard": False}
+    assert common.log_settings(args) == {"tensorboard_dir": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from scripts.data import tokenizer
-from scripts.lib import cli, outputs, rl_options
+from scripts.lib import cli, outputs, rl_options, tracking
 from scripts.lib.errors import DataError, RecipeError, UserError
 from scripts.lib.schema import DpoRecipe, GrpoRecipe, RmRecipe
 from scripts.nvidia import dpo, grpo, rl, rm
@@ -311,6 +312,30 @@ def test_pytorchs_optimizer_is_the_recipes():
 
 
 # ---- where a run is --------------------------------------------------------------
+
+
+def test_nemo_rl_logs_where_the_config_says(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tracking.os, "environ", {**os.environ})
+    monkeypatch.setattr(tracking, "has", lambda package: True)
+    args = make()
+    args.logging = {
+        "tensorboard": True,
+        "wandb": {"project": "nano", "entity": "lab", "mode": "offline"},
+        "mlflow": {"tracking_uri": "https://host", "experiment": "nano"},
+        **{"run": "grpo/reasoner", "id": "grpo-reasoner-0123456789ab"},
+    }
+    logger = rl.around(args)["logger"]
+    options = json.loads(rl_options.OPTIONS.read_text())["algorithms"]["grpo"]
+    for key, value in logger.items():
+        for inner in value if isinstance(value, dict) else ("",):
+            assert f"logger.{key}.{inner}".rstrip(".") in options or key == "log_dir"
+    assert all(logger[f"{name}_enabled"] is True for name in tracking.NAMES)
+    assert logger["wandb"]["name"] == logger["mlflow"]["run_name"] == "grpo/reasoner"
+    assert os.environ["WANDB_RUN_ID"] == "grpo-reasoner-0123456789ab"
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert os.environ["WANDB_DIR"] == str(args.work.absolute())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
