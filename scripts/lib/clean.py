@@ -49,7 +49,7 @@ from scripts.lib import cli, graph, plan
 from scripts.lib.digest import on_all_cores
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Node
-from scripts.lib.load import nearest
+from scripts.lib.load import nearest, read_config
 from scripts.lib.run import MADE_BY, git, links_to
 from scripts.lib.stages import STAGES
 from scripts.lib.status import read_json
@@ -67,6 +67,7 @@ from scripts.lib.store import (
     read_lock,
     try_lock,
 )
+from scripts.lib.sweep import expand
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -147,7 +148,7 @@ class Cleaner:
                 for name, node in (named if isinstance(named, dict) else {}).items():
                     if (id := f"{stage}/{name}") not in nodes:
                         self.of_others.add(id)
-                        if isinstance(node, dict) and node.get("keep") is True:
+                        if isinstance(node, dict) and node.get("keep"):
                             self.pins.add(id)
 
     def work(self) -> Iterator[Item]:
@@ -365,16 +366,16 @@ def id_of(path: str) -> Id:
 
 
 def other_configs(store: Store) -> Iterator[dict[str, Any]]:
-    """The configs in config/ that the graph was not made from, as they are written."""
+    """The configs in config/ that the graph was not made from, not checked.
+
+    Raises ConfigError where one cannot be read: its nodes would not be known.
+    """
     own = {PARAMS, *map(Path, store.graph.config_files)}
     for file in sorted({*Path("config").rglob("*.yaml")} - own):
-        try:
-            sections = YAML(typ="safe").load(file)
-        except YAMLError as error:
-            what = f"cannot be read, nor which nodes it has: {error}"
-            raise UserError(str(file), what, "mend it, or move it away") from error
-        if isinstance(sections, dict):
-            yield sections
+        if file.parts[1] not in ("models", "tasks"):
+            merged, lines, _ = read_config(file)
+            expand(merged, lines)
+            yield merged
 
 
 def locks_of(id: Id) -> list[Path]:
