@@ -66,10 +66,10 @@ def chats(
     prompt: str, answers: list[Answer], recipe: RolloutsRecipe, left: Counter[str]
 ) -> Rows:
     """A chat for each answer that is good enough, of the best ones."""
-    keep = recipe.keep
+    wanted = recipe.filter
     given = usable(answers, left)
     good = [a for a in given if is_good(a, recipe)]
-    kept = good[: keep.at_most]
+    kept = good[: wanted.at_most]
     left["below"] += len(given) - len(good)
     left["surplus"] += len(good) - len(kept)
     asked = {"role": "user", "content": prompt}
@@ -89,7 +89,7 @@ def pairs(
         return []
     best, worst = given[0], given[-1]
     margin = best.reward - worst.reward
-    if margin <= 0 or margin < (recipe.keep.margin or 0.0):
+    if margin <= 0 or margin < (recipe.filter.margin or 0.0):
         left["near"] += len(given)
         return []
     left["surplus"] += len(given) - 2
@@ -98,5 +98,5 @@ def pairs(
 
 def is_good(answer: Answer, recipe: RolloutsRecipe) -> bool:
     """Whether an answer's reward is the least that is asked for, or more."""
-    least = recipe.keep.min_reward
+    least = recipe.filter.min_reward
     return least is None or answer.reward >= least

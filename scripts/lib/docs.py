@@ -28,8 +28,8 @@ from scripts.lib.schema import (
     Container,
     Data,
     EnvironmentRecipe,
+    Filter,
     Generation,
-    Keep,
     Logging,
     Machine,
     Mlflow,
@@ -68,7 +68,7 @@ def kind_of(annotation: Any) -> str:
         return names[annotation]
     if annotation is Any:
         return "anything"
-    kinds = (EnvironmentRecipe, Generation, Keep, Mlflow, Peft, Released, Wandb)
+    kinds = (EnvironmentRecipe, Generation, Filter, Mlflow, Peft, Released, Wandb)
     if annotation in kinds:
         return "mapping"
     return str(getattr(annotation, "__name__", annotation)).lower()
@@ -129,7 +129,7 @@ def reference() -> str:
         if name == "grpo":
             parts += ["Each of `environment`:", "", *table(EnvironmentRecipe), ""]
         if name == "rollouts":
-            parts += [f"`keep:` {summary(Keep)}", "", *table(Keep), ""]
+            parts += [f"`filter:` {summary(Filter)}", "", *table(Filter), ""]
         if name in DATA_OF:
             parts += [f"`from:` as a mapping: {summary(Released)}", ""]
             parts += [*table(Released), ""]

@@ -530,7 +530,7 @@ class Generation(Strict):
     )
 
 
-class Keep(Strict):
+class Filter(Strict):
     """Which of a prompt's answers are kept, by their rewards."""
 
     min_reward: float | None = Field(
@@ -564,8 +564,8 @@ class RolloutsRecipe(Rewarded):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Sample from the likeliest tokens of this share together."
     )
-    keep: Keep = Field(
-        default_factory=lambda: Keep.model_validate({}),
+    filter: Filter = Field(
+        default_factory=lambda: Filter.model_validate({}),
         description="Which answers are kept. Chats need `min_reward` or `at_most`.",
     )
     batch_size: Positive = Field(128, description="Answers generated at once, about.")
@@ -576,18 +576,18 @@ class RolloutsRecipe(Rewarded):
         if self.kind == "preferences":
             if self.samples < 2:
                 return "samples", f"{self.samples}, but a pair is of two", "samples: 4"
-            if self.keep.at_most is not None:
-                return "keep.at_most", "a prompt gives one pair at most", "remove it"
-        elif self.keep.margin is not None:
-            return "keep.margin", "belongs to kind: preferences", "remove it"
-        elif self.keep.min_reward is None and self.keep.at_most is None:
+            if self.filter.at_most is not None:
+                return "filter.at_most", "a prompt gives one pair at most", "remove it"
+        elif self.filter.margin is not None:
+            return "filter.margin", "belongs to kind: preferences", "remove it"
+        elif self.filter.min_reward is None and self.filter.at_most is None:
             what = "would keep every answer, wrong ones too"
             hint = "{min_reward: 1.0}, or {at_most: 1} for the best of each prompt"
-            return "keep", what, hint
+            return "filter", what, hint
         return None
 
 
-class Rollouts(RolloutsRecipe):
+class Rollouts(RolloutsRecipe, Node):
     from_: Parent = Field(
         alias="from",
         description="Model: a pretrain, sft, dpo, grpo, best or export node, a released "

@@ -314,11 +314,11 @@ def nothing_kept(
     ways = {
         "failed": "mend the environment",
         "cut": f"raise max_completion_tokens, {recipe.max_completion_tokens} now",
-        "below": f"lower keep.min_reward, {recipe.keep.min_reward} now",
-        "near": "lower keep.margin, or raise temperature",
+        "below": f"lower filter.min_reward, {recipe.filter.min_reward} now",
+        "near": "lower filter.margin, or raise temperature",
     }
     hints = [ways[name] for name in reasons if name in ways]
-    return DataError("keep", what, "; ".join([*hints, "or take more samples"]))
+    return DataError("filter", what, "; ".join([*hints, "or take more samples"]))
 
 
 def read_prompts(path: Path) -> list[Row]:

@@ -20,7 +20,7 @@ from tests.engine.conftest import Stage, write
 
 DIGITS = {"digits": {"import": "tests.engine.digits:Digits"}}
 RECIPE = {"samples": 3, "max_completion_tokens": 16, "environment": DIGITS}
-RECIPE |= {"keep": {"min_reward": 0.0, "at_most": 2}, "batch_size": 96}
+RECIPE |= {"filter": {"min_reward": 0.0, "at_most": 2}, "batch_size": 96}
 FAULTY = """
 class Faulty:
     def step(self, messages, row):
@@ -93,7 +93,7 @@ def test_what_an_environment_failed_at_is_counted_and_never_kept(
     monkeypatch.chdir(tmp_path)
     own = {"faulty": {"import": "faulty:Faulty", "weight": -1.0}}
     keep = {"min_reward": -9.0}
-    assert rollouts.main(words("out", environment=own, keep=keep)) == 0
+    assert rollouts.main(words("out", environment=own, filter=keep)) == 0
     counts = json.loads((tmp_path / "out" / "rollouts.json").read_text())
     faults = counts["faults"]["faulty"]
     assert faults["count"] == counts["failed"] > 0
@@ -107,7 +107,7 @@ def test_what_an_environment_failed_at_is_counted_and_never_kept(
     ("changes", "said", "hint"),
     [
         ({"max_completion_tokens": 1}, "cut at max_completion_tokens", "raise max_comp"),
-        ({"keep": {"min_reward": 2.0}, "max_completion_tokens": 60}, "rewards from 0 to", "lower keep.min_reward"),
+        ({"filter": {"min_reward": 2.0}, "max_completion_tokens": 60}, "rewards from 0 to", "lower filter.min_reward"),
         ({"environment": {"twice": {"import": "tests.engine.digits:Twice"}}}, "environment twice: replies to an answer", "only rewards"),
     ],
 )  # fmt: skip

@@ -23,7 +23,7 @@ def answers(*given: tuple[str, float], ended: bool = True) -> list[Answer]:
 
 def chats(given: list[Answer], **keep: Any) -> tuple[list[str], Counter[str]]:
     left: Counter[str] = Counter()
-    rows = curation.chats("?", given, recipe(keep=keep), left)
+    rows = curation.chats("?", given, recipe(filter=keep), left)
     assert all(row["messages"][0]["content"] == "?" for row in rows)
     assert len(rows) + left.total() == len(given), "each is kept or counted"
     return [row["messages"][1]["content"] for row in rows], +left
@@ -31,7 +31,7 @@ def chats(given: list[Answer], **keep: Any) -> tuple[list[str], Counter[str]]:
 
 def pair(given: list[Answer], **keep: Any) -> tuple[tuple[str, str] | None, Any]:
     left: Counter[str] = Counter()
-    rows = curation.pairs("?", given, recipe(kind="preferences", keep=keep), left)
+    rows = curation.pairs("?", given, recipe(kind="preferences", filter=keep), left)
     assert 2 * len(rows) + left.total() == len(given), "each is kept or counted"
     return (rows[0]["chosen"], rows[0]["rejected"]) if rows else None, +left
 
@@ -78,11 +78,11 @@ def test_equally_good_answers_are_no_pair(given: list[tuple[str, float]]):
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({}, "keep"),
-        ({"keep": {"min_reward": 1.0, "margin": 1.0}}, "keep.margin"),
-        ({"kind": "preferences", "keep": {"at_most": 1}}, "keep.at_most"),
+        ({}, "filter"),
+        ({"filter": {"min_reward": 1.0, "margin": 1.0}}, "filter.margin"),
+        ({"kind": "preferences", "filter": {"at_most": 1}}, "filter.at_most"),
         ({"kind": "preferences", "samples": 1}, "samples"),
-        ({"keep": {"at_most": 1}}, None),
+        ({"filter": {"at_most": 1}}, None),
         ({"kind": "preferences"}, None),
     ],
 )

@@ -11,7 +11,7 @@ from tests.unit.test_rl_graph import BASE, OWN, built, folder, own, read_once, r
 __all__ = ["folder", "own", "read_once"]  # fixtures
 
 SOLVED = {"from": "instruct", "data": "arithmetic", "max_completion_tokens": 4}
-SOLVED |= {"keep": {"min_reward": 1.0}}
+SOLVED |= {"filter": {"min_reward": 1.0}}
 PACKED = {"tokenizer": "tiny", "data": ["solved"], "sequence_length": 256}
 TRAINED = {"steps": 5, "batch_size": 8, "lr": 0.001}
 BETTER = {
@@ -59,11 +59,11 @@ def test_the_best_of_several_may_be_sampled_unless_rollouts_train_it():
 
 
 def test_pairs_of_rollouts_feed_dpo():
-    of_pairs = rollouts(kind="preferences", keep={"min_reward": None, "margin": 0.5})
+    of_pairs = rollouts(kind="preferences", filter={"min_reward": None, "margin": 0.5})
     read = {"preferences": {"sums": {"data": ["solved"]}}}
     whole = built(BETTER, of_pairs, read, {"pack": {"solved": {"data": ["chat"]}}})
     assert "rollouts/solved" in whole.ancestors("dpo/polite")
-    assert whole.nodes["rollouts/solved"].recipe["keep"] == {"margin": 0.5}
+    assert whole.nodes["rollouts/solved"].recipe["filter"] == {"margin": 0.5}
 
 
 def test_a_reward_model_and_an_own_environment_may_judge_and_count(own: Any):
@@ -98,8 +98,8 @@ def test_the_model_that_rollouts_train_may_not_make_them():
         ({"environment": "tool_use"}, "environment.tool_use: replies to the model, and rollouts are of one turn"),
         ({"environment": "sliding_puzzle"}, "environment.sliding_puzzle: replies to the model"),
         ({"environment": {"reward_model": {"from": "polite"}}}, "rollouts.solved.environment.reward_model.from: no such node: polite (of rm)"),
-        ({"keep": {"min_reward": None}}, "rollouts.solved.keep: would keep every answer"),
-        ({"keep": {"margin": 1.0}}, "rollouts.solved.keep.margin: belongs to kind: preferences"),
+        ({"filter": {"min_reward": None}}, "rollouts.solved.filter: would keep every answer"),
+        ({"filter": {"margin": 1.0}}, "rollouts.solved.filter.margin: belongs to kind: preferences"),
         ({"top_p": 1.5}, "rollouts.solved.top_p: "),
         ({"sample": 3}, "rollouts.solved.sample: unknown key\n\nhint: did you mean `samples`?"),
         ({"max_completion_tokens": 5000}, "rollouts.solved.max_completion_tokens: prompt and completion of 5032 tokens"),

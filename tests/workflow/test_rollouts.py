@@ -8,7 +8,7 @@ from tests.workflow.conftest import Project
 
 NODES = """\
 rollouts:
-  own: {from: instruct, data: sums, environment: {short: {import: "rewards:Short"}}, samples: 2, max_completion_tokens: 48, keep: {min_reward: 0.5}}
+  own: {from: instruct, data: sums, environment: {short: {import: "rewards:Short"}}, samples: 2, max_completion_tokens: 48, filter: {min_reward: 0.5}}
 """
 SHORT = """
 class Short:
