@@ -26,8 +26,9 @@ from scripts.lib.lineage import (
     short,
 )
 from scripts.lib.run import git, number
+from scripts.lib.settings import shown
 from scripts.lib.stages import DATA, STAGES
-from scripts.lib.store import LOCK, PARAMS, differences, load_yaml, read_lock, shown
+from scripts.lib.store import LOCK, PARAMS, differences, load_yaml, read_lock
 
 SECTIONS = ("nodes", "settings", "data", "models", "code", "environment", "scores")
 """What is compared, in the order shown; metrics come last."""

@@ -26,8 +26,9 @@ from scripts.lib import cli, plan
 from scripts.lib.digest import Cache, tree_digest
 from scripts.lib.errors import UserError
 from scripts.lib.load import nearest
+from scripts.lib.settings import flat, shown
 from scripts.lib.stages import STAGES
-from scripts.lib.store import LOCK, Record, read_lock, shown
+from scripts.lib.store import LOCK, Record, read_lock
 
 Entries = dict[str, dict[str, Any]]
 """What dvc.lock holds, by DVC's name of the stage."""
@@ -422,21 +423,15 @@ def details(one: Row) -> Iterator[str]:
     listed = {
         "same as": ", ".join(same),
         "counts": ", ".join(f"{v:,} {k}" for k, v in one["counts"].items()),
-        "settings": ", ".join(flat(one["recipe"])),
+        "settings": ", ".join(
+            key if value == {} else f"{key} {shown(value)}"
+            for key, value in flat(one["recipe"])
+        ),
         "code": f"{code.hexdigest()[:8]}  {files}" if one["code"] else "",
         "packages": ", ".join(f"{k} {v}" for k, v in one["packages"].items()),
         "with": ", ".join(environment(made)),
     }
     yield from (f"  {key:8}  {value}" for key, value in listed.items() if value)
-
-
-def flat(settings: dict[str, Any], at: str = "") -> Iterator[str]:
-    """`key value` of each setting, keys below others with a dot."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{at}{key}.") if value else [f"{at}{key}"]
-        else:
-            yield f"{at}{key} {shown(value)}"
 
 
 def environment(made: dict[str, Any]) -> Iterator[str]:

@@ -641,7 +641,7 @@ class Eval(EvalRecipe, Node):
 
 
 class ReportRecipe(Strict):
-    """One HTML page: lineage, curves, scores, samples, configs, versions, times."""
+    """One HTML page: scores, curves and nodes side by side, samples, costs, lineage."""
 
     title: str = Field("Training report", description="Heading of the page.")
 

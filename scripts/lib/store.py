@@ -38,6 +38,7 @@ from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph, Node
 from scripts.lib.identity import LOCKS, locks_of
 from scripts.lib.load import Key
+from scripts.lib.settings import shown
 from scripts.lib.stages import STAGES
 
 if TYPE_CHECKING:
@@ -77,16 +78,6 @@ def dump_yaml(data: Any) -> str:
     text = StringIO()
     yaml.dump(data, text)
     return text.getvalue()
-
-
-def shown(value: object) -> str:
-    """A setting as one would write it: 1.0e-5, not 1e-05."""
-    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6:
-        mantissa, _, exponent = f"{value!r}".partition("e")
-        if exponent:
-            mantissa += "" if "." in mantissa else ".0"
-            return f"{mantissa}e{int(exponent)}"
-    return "unset" if value is None else str(value)
 
 
 def differences(old: Any, new: Any) -> list[str]:

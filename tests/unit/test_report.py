@@ -32,6 +32,7 @@ def provenance(id, **changes):
         "finished": "2026-01-02T03:05:05+00:00",
         "seconds": 60.0,
         "gpu_hours": 0.0,
+        "cpu_hours": 0.25,
         "resumed": False,
         **changes,
     }
@@ -209,11 +210,11 @@ def test_summary_takes_the_best_of_several_ends(tmp_path):
 
 def test_every_scored_model_is_in_plot_and_table(build):
     page = Reader(build.page())
-    assert page.plots[0]["data"][0]["x"] == [1.0, 65.0, 90.0]
+    assert page.plots[0]["data"][0]["x"] == [90.0, 65.0, 1.0]
     for row in (
-        "pretrain/base 1.0% 0.0%–6.0% 2/200",
-        "sft/instruct 65.0% 60.0%–70.0% 130/200",
-        "grpo/reasoner 90.0% 85.0%–95.0% 180/200",
+        "1 grpo/reasoner 90.0% 85.0–95.0% 180/200",
+        "2 sft/instruct 65.0% 60.0–70.0% 130/200",
+        "3 pretrain/base 1.0% 0.0–6.0% 2/200",
     ):
         assert row in page.words
 
@@ -223,6 +224,160 @@ def test_curves_come_from_either_place_of_metrics(build):
     assert base["data"][0]["y"] == [5.0, 2.5, 5 / 3, 1.25]
     assert len(instruct["data"][0]["x"]) == 6
     assert reasoner["layout"]["yaxis"]["title"]["text"] == "share of right answers"
+
+
+def test_nodes_of_a_stage_are_lines_of_one_chart_told_apart_twice(build):
+    build.node("sft/other", ["pretrain/base"], metrics_jsonl=losses(3))
+    page = Reader(build.page())
+    (overlay,) = (plot for plot in page.plots if len(plot["data"]) > 1)
+    assert [line["name"] for line in overlay["data"]] == ["sft/instruct", "sft/other"]
+    assert overlay["layout"]["showlegend"]
+    for way in ("color", "dash"):
+        assert len({line["line"][way] for line in overlay["data"]}) == 2
+    assert "sft/other 5 at 10 1.667 at 30 1.667 at 30" in page.words
+
+
+def test_of_many_lines_the_best_have_names_and_come_first(tmp_path):
+    build = Build(tmp_path)
+    for at in range(40):
+        rows = [{"step": 1, "reward": 0.1}, {"step": 2, "reward": (at * 7 % 40) / 40}]
+        build.node(f"grpo/r{at}", metrics_jsonl=rows)
+    page = Reader(build.page())
+    (plot,) = page.plots
+    named = [line for line in plot["data"] if line.get("showlegend", True)]
+    assert [line["y"][-1] for line in named] == [x / 40 for x in (39, 38, 37, 36, 35)]
+    assert len(plot["data"]) == 40 and plot["data"][-5:] == named, "the best on top"
+    assert "the best 5 of 40 at the end" in page.words
+    assert page.words.index("grpo/r17 0.1 at 1") < page.words.index("grpo/r0 0.1 at 1")
+
+
+def test_held_out_loss_and_accuracy_have_charts_of_their_own(tmp_path):
+    build = Build(tmp_path)
+    rows = [{"step": 1, "loss": 3, "validation_loss": 4, "token_accuracy": 0.5}]
+    build.node("sft/one", metrics_jsonl=rows)
+    words = Reader(build.page()).words
+    for said in ("Loss, nats a token: 3", "Held-out loss, nats a token: 4"):
+        assert said in words
+    assert "Accuracy, share of tokens: 0.5" in words
+
+
+@pytest.mark.parametrize(("rates", "axes"), [((10, 20), 2), ((10, 10), 1)])
+def test_tokens_are_an_axis_where_nodes_see_other_numbers_a_step(rates, axes, tmp_path):
+    build = Build(tmp_path)
+    for name, rate in zip("ab", rates, strict=True):
+        rows = [{"step": s, "loss": 9 / s, "tokens": s * rate} for s in (1, 2)]
+        build.node(f"pretrain/{name}", metrics_jsonl=rows)
+    plots = Reader(build.page()).plots
+    titles = [plot["layout"]["xaxis"]["title"]["text"] for plot in plots]
+    assert titles == ["step", "tokens"][:axes]
+    assert plots[-1]["data"][1]["x"] == ([20, 40] if axes == 2 else [1, 2])
+
+
+def compared(page) -> list[list[str]]:
+    """The cells of the first table of nodes side by side."""
+    table = re.search(r'(?s)<table class="compared">.*?</table>', page)[0]
+    rows = re.findall(r"(?s)<tr>.*?</tr>", table)
+    cells = [re.findall(r"(?s)<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    text = [[re.sub("<(?!/?mark)[^>]*>", "", cell) for cell in row] for row in cells]
+    return [[" ".join(cell.split()) for cell in row] for row in text]
+
+
+def test_nodes_side_by_side_show_what_differs_their_scores_and_costs(tmp_path):
+    build = Build(tmp_path)
+    build.node("pretrain/base")
+    for name, lr in (("a", 1e-5), ("b", 1e-5), ("c", 0.002)):
+        recipe = {"lr": lr, "seed": 17} | ({"peft": {"rank": 8}} if name == "c" else {})
+        build.node(f"sft/{name}", ["pretrain/base"], recipe=recipe)
+    build.node("export/released", ["sft/c"])
+    found = scored(sft__a=100, export__released=180)
+    build.node("eval/sums", ["sft/a", "export/released"], scores__scores_json=found)
+    assert compared(build.page()) == [
+        ["Node", "sums", "lr", "peft.rank", "Time"],
+        ["sft/a", "50.0% 45.0–55.0%", "1.0e-5", "unset", "1 min 00 s"],
+        ["sft/b", "–", "1.0e-5", "unset", "1 min 00 s"],
+        ["sft/c", "90.0% 85.0–95.0%", mark("0.002"), mark("8"), "1 min 00 s"],
+    ]
+
+
+def mark(cell):
+    return f"<mark>{cell}</mark>"
+
+
+def test_parents_that_differ_are_told_side_by_side(tmp_path):
+    build = Build(tmp_path)
+    build.node("pretrain/base")
+    build.node("pretrain/other", recipe={"seed": 17})
+    build.node("sft/a", ["pretrain/base"])
+    build.node("sft/b", ["pretrain/other"])
+    page = build.page()
+    assert compared(page)[0] == ["Node", "Time"], "the same settings, twice"
+    assert "pretrain: the same settings and parents" in Reader(page).words
+    assert "sft/b pretrain/other 1 min 00 s" in Reader(page).words
+
+
+def test_one_node_a_stage_has_nothing_beside_it(build):
+    page = build.page()
+    assert "Side by side" not in page and 'class="compared"' not in page
+
+
+def test_evals_that_ask_the_same_are_one_table(tmp_path):
+    build = Build(tmp_path)
+    for name, right in (("a", 100), ("b", 120), ("c", 105)):
+        build.node(f"sft/{name}")
+        build.node(
+            f"eval/of_{name}",
+            [f"sft/{name}"],
+            scores__scores_json=scored(**{f"sft__{name}": right}),
+            scores__samples_jsonl=[sample(f"sft/{name}", answer=name)],
+        )
+    page = build.page()
+    words = Reader(page).words
+    assert page.count('class="plot"') == page.count('<table class="samples">') == 1
+    assert "by eval/of_a, eval/of_b, eval/of_c" in words
+    assert "1 sft/b 60.0% 55.0–65.0% 120/200 2 sft/c ≈ 52.5%" in words
+    assert "3 sft/a ≈ 50.0%" in words, "its interval ends where the best one's begins"
+    assert page.count('<span class="prompt">') == 1
+
+
+def test_evals_that_ask_otherwise_stay_apart(tmp_path):
+    build = Build(tmp_path)
+    build.node("eval/a", scores__scores_json=scored(sft__a=1), recipe={"limit": 1})
+    build.node("eval/b", scores__scores_json=scored(sft__b=1), recipe={"limit": 2})
+    assert len(Reader(build.page()).plots) == 2
+
+
+def test_of_many_models_the_best_ones_samples_are_shown(tmp_path):
+    build = Build(tmp_path)
+    ids = [f"sft/n{at}" for at in range(20)]
+    found = scored(**{id.replace("/", "__"): at for at, id in enumerate(ids)})
+    rows = [sample(id, answer=id) for id in ids]
+    build.node("eval/e", scores__scores_json=found, scores__samples_jsonl=rows)
+    page = build.page()
+    shown = re.findall(r'class="answer">sft/n(\d+)<', page)
+    assert sorted(map(int, shown)) == [*range(8, 20)]
+    assert "the best 12 of 20 models" in Reader(page).words
+
+
+def test_costs_say_hours_steps_tokens_and_what_was_resumed(tmp_path):
+    build = Build(tmp_path)
+    rows = [{"step": 5, "loss": 2, "tokens": 6000}]
+    build.node("pretrain/base", metrics_jsonl=rows)
+    made = provenance("pretrain/base", gpu_hours=2.5, resumed=True)
+    (tmp_path / "artifacts/n1/provenance.json").write_text(json.dumps(made))
+    build.node("export/released", ["pretrain/base"])
+    words = Reader(build.page()).words
+    assert "pretrain/base resumed 1 min 00 s 0.25 2.5 5 6,000 100" in words
+    assert "export/released 1 min 00 s 0.25 0 – – –" in words
+    assert "All 2 min 00 s 0.5 2.5 5 6,000" in words
+
+
+def test_a_stage_nobody_heard_of_is_shown(tmp_path):
+    build = Build(tmp_path)
+    for name in "ab":
+        rows = [{"step": s, "reward": 0.5, "new": [1]} for s in (1, 2)]
+        build.node(f"rollouts/{name}", metrics_jsonl=rows, recipe={"k": name})
+    page = Reader(build.page())
+    assert len(page.plots[0]["data"]) == 2 and "rollouts" in page.words
 
 
 def test_each_reward_and_its_share_is_shown(tmp_path):
@@ -406,7 +561,7 @@ def test_a_graph_without_evals_or_metrics_says_what_is_missing(tmp_path):
         "No scores here: no eval node is built, or none is pulled.",
         "No metrics here of pretrain/base.",
         "No samples here.",
-        "No times here: they come with each artifact's provenance.",
+        "No costs here: they come with each artifact's provenance.",
         "No versions here: they come with each artifact's provenance.",
     ):
         assert line in words

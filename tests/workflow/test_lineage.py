@@ -52,6 +52,7 @@ def test_a_lineage_names_every_ancestor_with_what_it_was_made_of(built: Project)
     for id, row in rows.items():
         made = row["made"]
         assert made["host"] and made["seconds"] > 0 and made["gpu_hours"] == 0, id
+        assert made["cpu_hours"] >= 0, id
         assert made["environment"]["envs/transformers.lock"], id
         assert row["code"] and row["packages"] and row["outs"], id
         for path, md5 in row["inputs"].items():

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_report import evil, losses, small
+from tests.unit.test_report import Build, evil, losses, sample, scored, small
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 WIDTHS = (390, 1280)
+PAPER = 718
+"""CSS pixels between the margins of A4."""
 SECONDS = 60
 
 pytestmark = pytest.mark.skipif(
@@ -91,11 +93,7 @@ class Tab:
         return answer["result"]
 
     def open(self, page: Path, width: int, scheme: str = "light") -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            **{"width": width, "height": 900, "deviceScaleFactor": 1},
-            mobile=width < 600,
-        )
+        self.size(width)
         media = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media="", features=media)
         self.events.clear()
@@ -105,6 +103,13 @@ class Tab:
             self.events.append(self.receive(until))
         frames = "new Promise(r => requestAnimationFrame(() => setTimeout(r, 200)))"
         self.ask(frames)
+
+    def size(self, width: int) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            **{"width": width, "height": 900, "deviceScaleFactor": 1},
+            mobile=width < 600,
+        )
 
     def ask(self, expression: str):
         answer = self.call(
@@ -182,6 +187,59 @@ def test_a_wide_graph_scrolls_in_its_box_and_not_the_page(tab, tmp_path, width):
     assert tab.ask("document.documentElement.scrollWidth") <= width
     box = "document.querySelector('.lineage')"
     assert tab.ask(f"{box}.scrollWidth > {box}.clientWidth")
+
+
+def several(tmp_path) -> Build:
+    """Several nodes of a stage, a sweep of a dozen, long names and settings."""
+    build = small(tmp_path)
+    rows = [row | {"token_accuracy": 0.5} for row in losses(5)]
+    build.node("sft/other", ["pretrain/base"], metrics_jsonl=rows, recipe={"lr": 1e-5})
+    for at in range(12):
+        id = f"grpo/reasoner_with_a_long_name_{at}"
+        recipe = {f"overrides.a_long_key.number_{k}": at % 3 for k in range(9)}
+        build.node(id, ["sft/other"], metrics_jsonl=losses(3, "reward"), recipe=recipe)
+        found = scored(**{id.replace("/", "__"): 10 * at})
+        answer = [sample(id, given="a prompt " * 9, answer="anewlongword" * 20)]
+        build.node(
+            f"eval/of_{at}",
+            [id],
+            scores__scores_json=found,
+            scores__samples_jsonl=answer,
+        )
+    return build
+
+
+WIDER = """[...document.querySelectorAll('body *')].filter((e) =>
+  e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+  && !e.closest('.scroll')).map((e) => e.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nodes_are_compared_within_the_page(tab, tmp_path, width):
+    several(tmp_path).page()
+    tab.open(tmp_path / "page" / "report.html", width)
+    assert tab.complaints == []
+    names = "[...document.querySelectorAll('.legendtext')].map(t => t.textContent)"
+    assert {"sft/instruct", "sft/other"} <= set(tab.ask(names))
+    lines = "[...document.querySelectorAll('.plot')].map(p => "
+    lines += "p.querySelectorAll('.scatterlayer .trace').length)"
+    assert {2, 13} <= set(tab.ask(lines))
+    assert tab.ask(WIDER) == []
+    assert tab.ask("document.documentElement.scrollWidth") <= width
+    cell = "getComputedStyle(document.querySelector('.samples td')).display"
+    assert tab.ask(cell) == ("grid" if width < 600 else "table-cell")
+
+
+def test_on_paper_nothing_is_cut_off(tab, tmp_path):
+    several(tmp_path).page()
+    tab.open(tmp_path / "page" / "report.html", 1280, "dark")
+    tab.call("Emulation.setEmulatedMedia", media="print")
+    tab.size(PAPER)
+    hidden = "[...document.querySelectorAll('.scroll')].filter(e => "
+    hidden += "getComputedStyle(e).overflowY !== 'visible').length"
+    assert tab.ask(hidden) == 0
+    assert tab.ask("document.documentElement.scrollWidth") <= PAPER
+    assert tab.ask("getComputedStyle(document.body).color") == "rgb(24, 33, 43)"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
