@@ -125,7 +125,7 @@ def test_the_table_is_aligned_and_ends_with_the_counts(capsys: Any):
     (base,) = [line for line in lines if line.startswith("pretrain/base")]
     assert base.index("20") == lines[0].index("job")
     assert base.split("  ")[-1] == "logs/pretrain/base.log"
-    assert lines[-1] == "1 running, 2 pending, 1 failed, 4 ready, 7 waiting"
+    assert lines[-1] == "1 running, 2 pending, 1 failed, 4 ready, 8 waiting"
 
 
 def test_slurm_that_does_not_answer_is_said_and_the_rest_shown(
@@ -135,7 +135,7 @@ def test_slurm_that_does_not_answer_is_said_and_the_rest_shown(
     assert status.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "Slurm: no answer in 60 s; its jobs are not shown" in lines
-    assert lines[-1] == "4 ready, 10 waiting"
+    assert lines[-1] == "4 ready, 11 waiting"
 
 
 def test_without_slurm_a_local_build_is_shown(
