@@ -204,7 +204,8 @@ class Checks:
             if left[point] < ALWAYS:
                 left[point] -= 1
             if not left[point] and _settles_all(point):
-                left[point : point + 256] = 0
+                (stop,) = (alike.stop for alike in ALIKE if point in alike)
+                left[point : min(point + 256, stop)] = 0
         self._settle()
         return found
 

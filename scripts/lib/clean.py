@@ -24,7 +24,9 @@ where --kind names them.
 
 `keep: true` of a node keeps all its versions, with those of its ancestors that they
 were made from, and its work folders. What dvc.lock records of this config's nodes is
-never freed, nor what the other configs in config/ name.
+never freed, nor what the other configs in config/ name, or the one that was planned
+last; a work folder that may be of such a one stays. Other work trees of this repository
+count, other folders that use this cache do not.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from scripts.lib.digest import on_all_cores
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Node
 from scripts.lib.load import nearest, read_config
-from scripts.lib.run import MADE_BY, git, links_to
+from scripts.lib.run import MADE_BY, git, links_to, read_plan_command
 from scripts.lib.stages import STAGES
 from scripts.lib.status import read_json
 from scripts.lib.store import (
@@ -67,7 +69,7 @@ from scripts.lib.store import (
     read_lock,
     try_lock,
 )
-from scripts.lib.sweep import expand
+from scripts.lib.sweep import as_mapping, expand
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -78,6 +80,7 @@ REFS = ("commits", "heads", "none")
 WORK, ARTIFACTS = Path("work"), Path("artifacts")
 KERNELS = WORK / "kernels"
 KEYED = re.compile(r"(?P<name>[a-z][a-z0-9_]*)-(?P<key>[0-9a-f]{12})")
+DIGEST = re.compile(r"[0-9a-f]{32}(\.dir)?")
 LOGS = ("log.txt", "logs", "tensorboard", "wandb", "mlflow_run.json")
 """What stays of the work folder of a node that is published: what it logged."""
 TRASH = ".trash"
@@ -134,22 +137,25 @@ def measure(items: Iterable[Item]) -> None:
 class Cleaner:
     """What of a project could be freed, by its config and by what is recorded."""
 
-    def __init__(self, store: Store, refs: str | None) -> None:
+    def __init__(self, store: Store, refs: str | None, planned: Path | None) -> None:
+        """`planned` is the config that dvc.yaml was made from before this one."""
         self.store, self.refs = store, refs
         self.graph, self.cache = store.graph, store.cache
         nodes = self.graph.nodes
         self.pins = {node.id for node in nodes.values() if node.keep}
-        self.of_others: set[Id] = set()
+        self.of_others: dict[Id, list[Node | dict[str, Any]]] = {}
+        """Nodes of other configs; of those that cannot be built, what they say of them."""
         self.on_gpus = any(node.engine == "nvidia" for node in nodes.values())
-        for sections in other_configs(store):
-            self.on_gpus |= "nvidia" in str(sections.get("engine"))
-            for stage in STAGES:
-                named = sections.get(stage)
-                for name, node in (named if isinstance(named, dict) else {}).items():
-                    if (id := f"{stage}/{name}") not in nodes:
-                        self.of_others.add(id)
-                        if isinstance(node, dict) and node.get("keep"):
-                            self.pins.add(id)
+        for file in other_configs(store, planned):
+            merged, lines, _ = read_config(file)
+            expand(merged, lines)
+            self.on_gpus |= "nvidia" in str(merged.get("engine"))
+            for id, said in (built(file) or said_in(merged)).items():
+                self.of_others.setdefault(id, []).append(said)
+                stage, name = id.split("/")
+                node = as_mapping(merged.get(stage)).get(name)
+                if as_mapping(node).get("keep"):
+                    self.pins.add(id)
 
     def work(self) -> Iterator[Item]:
         """Each folder in work/."""
@@ -179,6 +185,8 @@ class Cleaner:
         if node is None:
             return Item("work", id, str(folder), "no such node now", (folder,))
         why = self.store.why[id]
+        if self.may_be_of_another(id, key, folder):
+            return keep("another config has a node like this")
         if not why:
             record = self.store.records[id]
             if key != key_of(record.params, record.deps):
@@ -199,6 +207,16 @@ class Cleaner:
             return keep("not published: a run goes on from it")
         return Item("work", id, str(folder), "of other inputs than now", (folder,))
 
+    def may_be_of_another(self, id: Id, key: str, folder: Path) -> bool:
+        """Whether a node of this name in another config may go on in this folder."""
+        record = self.store.records.get(id)
+        if record and key == key_of(record.params, record.deps):
+            return False  # it is of what is published
+        return any(
+            made_of(node, folder) if isinstance(node, Node) else said_of(node, folder)
+            for node in self.of_others.get(id, ())
+        )
+
     def is_here(self, node: Node) -> bool:
         """Whether a current node's artifact is in the project or in DVC's cache."""
         outs = self.store.records[node.id].outs
@@ -218,13 +236,7 @@ class Cleaner:
         if len(inputs) == len(node.artifacts):
             inputs |= {file: self.store.digest(file) for file in node.files}
             return key == key_of(node.params, inputs)
-        recipe = folder / "recipe.yaml"
-        made_by = {"code": node.code, "packages": node.packages}
-        return (
-            recipe.exists()
-            and recipe.read_text() == dump_yaml(node.recipe)
-            and read_json(folder / MADE_BY) == made_by
-        )
+        return made_of(node, folder)
 
     def artifacts(self) -> Iterator[Item]:
         """Artifacts of nodes that are no more."""
@@ -246,7 +258,7 @@ class Cleaner:
     def stored(self, repo: Repo, kind: Kind, odb: HashFileDB) -> Iterator[Item]:
         """What lies in DVC's cache or its remote, by who needs it."""
         remote = odb if kind == "remote" else None
-        left = set(odb.all())
+        left = {one for one in odb.all() if DIGEST.fullmatch(one)}
         for why, md5s in self.needed(repo, kind):
             objects = left & self.objects(md5s, remote)
             if objects:
@@ -294,13 +306,8 @@ class Cleaner:
         seen = [self.store.memory(node).known for node in self.graph.nodes.values()]
         here = {md5 for known in seen for _, md5 in known.values()}
         yield "dvc.lock has them", recorded(repo, []) | here
-        others = {
-            md5
-            for entry in entries
-            for path, md5 in entry.outs.items()
-            if id_of(path) in self.of_others
-        }
-        yield "dvc.lock has them, of another config", others
+        yield "dvc.lock has them, of another config", outs_of(entries, self.of_others)
+        yield "another work tree's dvc.lock has them", outs_of(in_work_trees())
         self.versions = [*built_before(repo), *entries]
         nodes = self.graph.nodes.values()
         again = {node.id: node.params for node in nodes if self.store.why[node.id]}
@@ -320,7 +327,10 @@ class Cleaner:
             yield f"keep: true of {pins}", self.pinned()
         if refs != "none":
             said = "a commit" if refs == "commits" else "the head of a branch or tag"
-            yield f"{said} has them", recorded(repo, commits(refs))
+            revisions = commits(refs)
+            yield f"{said} has them", recorded(repo, revisions)
+            locked = (entry for rev in revisions for entry in at_commit(rev))
+            yield f"{said} has them in dvc.lock", outs_of(locked)
 
     def pinned(self) -> set[str]:
         """All versions of what says `keep: true`, and all that they were made from."""
@@ -354,6 +364,26 @@ class Cleaner:
         return found
 
 
+def made_of(node: Node, folder: Path) -> bool:
+    """Whether a work folder is of the node's settings and code, whatever its inputs."""
+    recipe = folder / "recipe.yaml"
+    made_by = {"code": node.code, "packages": node.packages}
+    return (
+        recipe.exists()
+        and recipe.read_text() == dump_yaml(node.recipe)
+        and read_json(folder / MADE_BY) == made_by
+    )
+
+
+def said_of(node: dict[str, Any], folder: Path) -> bool:
+    """Whether a work folder may be of a node of which a config says this much."""
+    recipe = folder / "recipe.yaml"
+    made = parsed(recipe.read_text()) if recipe.exists() else {}
+    code = (read_json(folder / MADE_BY) or {}).get("code", {})
+    says = node["recipe"]
+    return node["script"] in code and says.items() <= made.items()
+
+
 def left_over(path: Path) -> bool:
     """Whether it was to be removed when this was killed."""
     return path.name.startswith(".") and path.name.endswith(TRASH)
@@ -365,17 +395,66 @@ def id_of(path: str) -> Id:
     return "/".join(parts[1:3]) if parts[0] == str(ARTIFACTS) else ""
 
 
-def other_configs(store: Store) -> Iterator[dict[str, Any]]:
-    """The configs in config/ that the graph was not made from, not checked.
+def other_configs(store: Store, planned: Path | None) -> list[Path]:
+    """The configs in config/ but the graph's own, and the one that was planned last."""
+    files = {*Path("config").rglob("*.yaml"), *Path("config").rglob("*.yml")}
+    found = {file for file in files if file.parts[1] not in ("models", "tasks")}
+    if planned and planned.exists():
+        found.add(planned)
+    return sorted(found - {PARAMS, Path(store.graph.config)})
 
-    Raises ConfigError where one cannot be read: its nodes would not be known.
-    """
-    own = {PARAMS, *map(Path, store.graph.config_files)}
-    for file in sorted({*Path("config").rglob("*.yaml")} - own):
-        if file.parts[1] not in ("models", "tasks"):
-            merged, lines, _ = read_config(file)
-            expand(merged, lines)
-            yield merged
+
+def built(config: Path) -> dict[Id, Node | dict[str, Any]] | None:
+    """The nodes of a config; None where it cannot be built, as without its data."""
+    try:
+        return {**graph.build(config).nodes}
+    except UserError:
+        return None
+
+
+def said_in(merged: dict[str, Any]) -> dict[Id, Node | dict[str, Any]]:
+    """What a config that cannot be built says of its nodes: numbers, and the script."""
+    engines = merged.get("engine")
+    found: dict[Id, Node | dict[str, Any]] = {}
+    for stage, spec in STAGES.items():
+        wanted = (
+            engines.get(stage, engines.get("default"))
+            if isinstance(engines, dict)
+            else engines
+        )
+        script = spec.script_of(
+            "nvidia" if wanted == "nvidia" and spec.nvidia else "transformers"
+        )
+        for name, node in as_mapping(merged.get(stage)).items():
+            numbers = {
+                key: value
+                for key, value in as_mapping(node).items()
+                if key in spec.recipe.model_fields and isinstance(value, int | float)
+            }
+            code = f"{script.replace('.', '/')}.py"
+            found[f"{stage}/{name}"] = {"recipe": numbers, "script": code}
+    return found
+
+
+def outs_of(entries: Iterable[Record], ids: Collection[Id] | None = None) -> set[str]:
+    """The digests of what is recorded, all or of these nodes."""
+    return {
+        md5
+        for entry in entries
+        for path, md5 in entry.outs.items()
+        if ids is None or id_of(path) in ids
+    }
+
+
+def in_work_trees() -> Iterator[Record]:
+    """What dvc.lock records in the repository's other work trees."""
+    prefix = git("rev-parse", "--show-prefix") or ""
+    for line in (git("worktree", "list", "--porcelain") or "").splitlines():
+        if line.startswith("worktree "):
+            file = Path(line.removeprefix("worktree "), prefix, "dvc.lock")
+            if file.is_file() and file.resolve() != Path("dvc.lock").resolve():
+                text = file.read_text(encoding="utf-8")
+                yield from records(parsed(text).get("stages", {}))
 
 
 def locks_of(id: Id) -> list[Path]:
@@ -395,7 +474,7 @@ def commits(refs: str) -> list[str]:
     if refs == "commits":
         if git("rev-parse", "--is-shallow-repository") == "true":
             what = "a shallow clone, which does not know every commit"
-            raise UserError(".git", what, "git fetch --unshallow, or choose --refs")
+            raise UserError(".git", what, "git fetch --unshallow")
         paths = ("dvc.lock", "dvc.yaml", "*.dvc")
         found = git("rev-list", "--all", "--full-history", "--", *paths)
     else:
@@ -403,6 +482,22 @@ def commits(refs: str) -> list[str]:
     if found is None:
         raise UserError("git", "does not say which commits there are", "git status")
     return found.split()
+
+
+def check_fetched() -> None:
+    """Raise UserError where git's own remotes have heads or tags that are not here."""
+    for name in (git("remote") or "").split():
+        listed = git("ls-remote", "--heads", "--tags", name)
+        if listed is None:
+            what = "does not say which branches it has: their versions may be in use"
+            raise UserError(f"git remote {name}", what, f"git ls-remote {name}")
+        for line in listed.splitlines():
+            commit, _, ref = line.partition("\t")
+            if git("cat-file", "-e", commit) is None:
+                what = f"has {ref}, which is not here: its versions would be freed"
+                raise UserError(
+                    f"git remote {name}", what, f"git fetch {name} {ref}:{ref}"
+                )
 
 
 def recorded(repo: Repo, revisions: list[str]) -> set[str]:
@@ -475,12 +570,14 @@ def discard(path: Path) -> None:
 
 
 def collect_garbage(odb: HashFileDB, objects: set[str]) -> None:
-    """Have DVC remove these, and nothing else, from its cache or a remote."""
-    from dvc_data.hashfile.db import get_index
-    from dvc_data.hashfile.gc import gc
-    from dvc_data.hashfile.hash_info import HashInfo
+    """Have DVC remove these from its cache or a remote, folders' lists first.
 
-    gc(odb, [HashInfo("md5", one) for one in set(odb.all()) - objects])
+    Not by its gc, which removes all but what is named: what others push meanwhile, too.
+    """
+    from dvc_data.hashfile.db import get_index
+
+    for one in sorted(objects, key=lambda one: not one.endswith(".dir")):
+        odb.delete(one)
     get_index(odb).clear()
 
 
@@ -531,12 +628,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = flags.parse_args(argv)
     store = Store(graph.build(args.config))
+    planned = planned_config()
+    if args.yes and "remote" in (args.kind or ()):
+        check_fetched()
     with dvc_errors():
         store.sync()
         if args.yes:
             store.hold()
         with opened() as repo:
-            return clean(Cleaner(store, args.refs), repo, args)
+            return clean(Cleaner(store, args.refs, planned), repo, args)
+
+
+def planned_config() -> Path | None:
+    """The config that dvc.yaml was made from, if it says so."""
+    try:
+        return Path(read_plan_command())
+    except (OSError, UserError):
+        return None
 
 
 def clean(cleaner: Cleaner, repo: Repo, args: argparse.Namespace) -> int:
@@ -550,9 +658,11 @@ def clean(cleaner: Cleaner, repo: Repo, args: argparse.Namespace) -> int:
         odbs["remote"] = repo.cloud.get_remote_odb(command="clean")
     items = found(cleaner, repo, kinds, odbs)
     if args.node:
-        items = [item for item in items if item.node == args.node]
-        if not items and args.node not in cleaner.graph.nodes:
-            hint = nearest(args.node, [*cleaner.graph.nodes])
+        known = {id: [id] for id in cleaner.graph.nodes} | cleaner.graph.sweeps
+        wanted = {args.node, *known.get(args.node, ())}
+        items = [item for item in items if item.node in wanted]
+        if not items and args.node not in known:
+            hint = nearest(args.node, [*known])
             raise UserError(args.node, "no such node, and nothing of it here", hint)
     free = [item for item in items if not item.kept]
     kept = [item for item in items if item.kept]

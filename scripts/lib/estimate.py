@@ -211,9 +211,12 @@ class Estimator:
             step, steps = int(state["step"]), int(state["steps"])
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        if not STAGES[node.stage].trains:
+        if STAGES[node.stage].goes_on:
+            saved = step
+        elif STAGES[node.stage].trains:
+            saved = step - step % node.placement["save_steps"]
+        else:
             return None
-        saved = step - step % node.placement["save_steps"]
         return (saved / steps, seconds) if 0 < saved <= steps else None
 
     # ---- the budget ------------------------------------------------------------
@@ -226,12 +229,19 @@ class Estimator:
         total, unknown = 0.0, []
         for node in self.store.graph.nodes.values():
             if self.found[node.id].verb not in RUNS:
-                run = self.run(node.id, node)
-                total += run.hours.get(unit, 0.0) if run else 0.0
-                unknown += [node.id] * (run is None or unit not in run.hours)
+                cost = self.cost(node.id, unit)
+                total += cost or 0.0
+                unknown += [node.id] * (cost is None)
             elif begun := self.begun(node):
                 total += hours(node, begun[1])[unit]
         return total, unknown
+
+    def cost(self, id: str, unit: str) -> float | None:
+        """Hours recorded of what a node has, or will have restored."""
+        outs = self.found[id].outs or self.record(id).outs
+        made = self.shelf.data(outs, f"artifacts/{id}/{NOTE}")
+        hours = None if made is None else made.get(unit, 0.0 if unit == GPU else None)
+        return float(hours) if is_number(hours) else None
 
     def over(self, wanted: Collection[str]) -> UserError | None:
         """The error of a build of these nodes, if it would exceed the budget."""
@@ -312,9 +322,15 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def work_of(stage: str, recipe: dict[str, Any], sizes: list[Any]) -> float | None:
-    """Tokens of a training, rows of a generator, else bytes read; None if unknown."""
+    """Tokens of a training, rows of a generator, else bytes read; None if unknown.
+
+    Of rollouts the tokens of a prompt's answers: how many prompts is taken as before.
+    """
     if STAGES[stage].trains:
         factors = [recipe[key] for key in FACTORS if key in recipe]
+        return float(math.prod(factors)) if all(map(is_number, factors)) else None
+    if stage == "rollouts":
+        factors = [recipe.get("samples", 4), recipe.get("max_completion_tokens")]
         return float(math.prod(factors)) if all(map(is_number, factors)) else None
     if stage == "generate":
         return float(recipe["count"]) if is_number(recipe.get("count")) else None
@@ -363,6 +379,8 @@ class Table:
 
     def lines(self) -> list[str]:
         """One line a node, then the totals."""
+        if not self.found:
+            return self.totals()
         cells = [self.cells(id) for id in self.found]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         verb, id, time, cost, _ = widths

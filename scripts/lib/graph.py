@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 
 from scripts.environments.mix import BUILT_IN, own_file
-from scripts.lib import hub, identity, parallel, tracking
+from scripts.lib import hub, identity, parallel
 from scripts.lib.errors import UserError
 from scripts.lib.load import (
     ConfigError,
@@ -501,7 +501,7 @@ class _Builder:
         self.check_names()
         self.check_engines()
         self.check_cycles()
-        self.check_logging()
+        self.logging = self.config.logging.model_dump(exclude_none=True)
         for stage, section in self.sections.items():
             for name in section:
                 self.made[f"{stage}/{name}"] = self.node(stage, name)
@@ -632,16 +632,6 @@ class _Builder:
         given = self.config.engine
         wanted = given.get(stage, given.get("default", "transformers"))
         return STAGES[stage].engine_of(wanted)
-
-    def check_logging(self) -> None:
-        """Raise where trainers that this Python runs could not log."""
-        self.logging = self.config.logging.model_dump(exclude_none=True)
-        in_container = self.cluster and self.cluster.container.runtime != "none"
-        ours = [s for s in STAGES if STAGES[s].trains and self.sections[s]]
-        if in_container or all(self.engine_of(s) == "nvidia" for s in ours):
-            return
-        if lacks := tracking.lacking(self.logging):
-            raise self.error(("logging", lacks[0]), *lacks[1:])
 
     def check_engines(self) -> None:
         for stage, wanted in self.config.engine.items():
@@ -1094,6 +1084,8 @@ class _Builder:
         As parts of a node: parents, files, flags, and what its recipe has of them.
         """
         key = (stage, name)
+        if node.parent is not None:
+            raise self.error((*key, "parent"), "unknown key", "did you mean `from`?")
         id = self.ref((*key, "data"), node.data, (DATA_OF[stage],))
         if isinstance(node.from_, Released):
             parts = self.from_released(key, node.from_, self.tokenizer_of(id))
@@ -1172,8 +1164,6 @@ class _Builder:
 
     def of_sft(self, name: str, node: Any) -> dict[str, Any]:
         key = ("sft", name)
-        if node.parent is not None:
-            raise self.error((*key, "parent"), "unknown key", "did you mean `from`?")
         parts = self.post_training("sft", name, node)
         packed = parts["parents"][-1]
         length = self.sections["pack"][packed.split("/")[1]].sequence_length

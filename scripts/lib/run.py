@@ -724,7 +724,10 @@ class Job:
             "started": began.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
-            "setup_seconds": began_in and round(began_in, 1),
+            # of its own alone: where shares did the work, none of it is known
+            "setup_seconds": None
+            if of_shares or began_in is None
+            else round(began_in, 1),
             "gpu_hours": round(gpus * seconds / 3600, 4),
             "cpu_hours": round(cpus * (seconds + sum(of_shares)) / 3600, 4),
             "resumed": getattr(self, "resumed", True),

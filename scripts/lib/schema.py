@@ -551,6 +551,8 @@ class Filter(Strict):
 class RolloutsRecipe(Rewarded):
     """Sample a model's answers, keep rewarded ones: chats for SFT, pairs for DPO."""
 
+    parent: Released | None = Field(None, exclude=True)
+
     kind: Literal["chats", "preferences"] = Field(
         "chats",
         description="`chats`: answers that are good enough, for a pack node. "

@@ -56,6 +56,8 @@ class _Expansion:
         }
         self.grids: dict[Key, dict[str, tuple[Values, Values]]] = {}
         """The nodes of each sweep: {name: (the node, what is varied of it)}."""
+        self.rules: dict[str, tuple[list[str], str]] = {}
+        """What the best are taken of, and by which scores, by the node's name."""
         self.open: list[Key] = []
 
     def run(self) -> None:
@@ -150,6 +152,8 @@ class _Expansion:
         kinds = PARENTS if stage in STARTED else ("export",)
         for suffix, varied in own:
             one = with_values(node, varied)
+            if isinstance(given := node.get("environment"), str):
+                one["environment"] = {given: {}, **as_mapping(one["environment"])}
             parent = self.find(one.get("from"), kinds)
             above = self.grid(*parent) if parent and parent[0] in FOLLOWING else {}
             if parent and above:
@@ -161,6 +165,9 @@ class _Expansion:
                     started = {**one, "from": f"{parent[0]}/{its_name}"}
                     found[f"{name}{after}{suffix}"] = started, its | twice
             elif suffix:
+                if f"{name}{suffix}" in found:
+                    what = f"two combinations make one name: {name}{suffix}"
+                    raise self.error((stage, name, "sweep"), what, "other values")
                 found[f"{name}{suffix}"] = one, varied
             self.check_size(stage, name, len(found))
         if len(longest := max(found, key=len, default="")) > LONGEST_NAME:
@@ -262,11 +269,18 @@ class _Expansion:
         if not isinstance(section, dict):
             return
         self.sections["best"] = section
+        best = {"from": chosen.best, "by": chosen.by}
         if made in section and ("best", made) not in self.lines.made:
             raise self.error(
                 ("best", made), f"{stage}.{name}.from makes this too", "rename this one"
             )
-        section[made] = {"from": chosen.best, "by": chosen.by}
+        by = re.sub("^eval[./]", "", chosen.by)
+        rule = [one.rpartition("/")[2] for one in chosen.best], by
+        if self.rules.setdefault(made, rule) != rule:
+            other = ".".join(self.lines.made["best", made])
+            what = f"makes best/{made}, and so does {other}, otherwise"
+            raise self.error(at, what, "make one in `best:`, and name it")
+        section[made] = best
         self.lines.made["best", made] = at
         node["from"] = f"best/{made}"
 
@@ -309,6 +323,11 @@ def with_values(node: Values, varied: Values) -> Values:
             place = place[part]
         place[last] = value
     return one
+
+
+def as_mapping(value: Any) -> Values:
+    """Settings; none where it is a name alone."""
+    return value if isinstance(value, dict) else {}
 
 
 def path_of(key: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.lib import estimate, graph, plan
+from scripts.lib import estimate, graph, plan, tracking
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Graph
 from scripts.lib.progress import say
@@ -202,9 +202,20 @@ class Workflow:
 
         for node in map(self.store.graph.nodes.__getitem__, plan.stale(self.store)):
             interpreter(node)
+            container = node.placement.get("container", {}).get("runtime", "none")
+            if node.engine == "transformers" and container == "none":
+                self.check_logging(node.logging)
             if node.recipe.get("parent"):  # a job may have no network
                 say(node.id, f"starts from {node.recipe['parent']['hf']}, of the hub")
                 parent_of(node)
+
+    def check_logging(self, logging: dict[str, Any]) -> None:
+        """Raise where trainers that this Python runs could not log."""
+        if lacks := tracking.lacking(logging):
+            lines = self.store.graph.lines
+            at = f"logging.{lacks[0]}"
+            where = lines.where("logging", lacks[0]) if lines else at
+            raise UserError(where, *lacks[1:])
 
     def fail(self) -> None:
         """Say what is not built, and how to go on."""

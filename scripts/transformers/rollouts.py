@@ -38,7 +38,7 @@ from scripts.data import curation
 from scripts.data.curation import Answer
 from scripts.environments import Environment, Messages, Row, Turn
 from scripts.environments.mix import Mix, check_rows
-from scripts.lib import cli
+from scripts.lib import cli, serving
 from scripts.lib.errors import DataError, RecipeError, UserError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import RolloutsRecipe
@@ -112,6 +112,9 @@ class Sampler:
         model, tokenizer = common.load_parent(folder)
         common.check_template(tokenizer, folder)
         tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.ends = serving.end_tokens(tokenizer)
         common.align(model, tokenizer)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: Any = model.eval().to(self.device)
@@ -135,7 +138,7 @@ class Sampler:
         """For each prompt its answers: text, tokens, and whether the model ended it."""
         import torch
 
-        ends, num = self.tokenizer.eos_token_id, self.recipe.samples
+        num = self.recipe.samples
         asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
         given = self.tokenizer.apply_chat_template(
             [chat for chat in asked for _ in range(num)],
@@ -149,13 +152,14 @@ class Sampler:
                 input_ids=given["input_ids"],
                 attention_mask=given["attention_mask"],
                 max_new_tokens=self.recipe.max_completion_tokens,
+                eos_token_id=self.ends,
                 do_sample=False,
                 logits_processor=[OwnDraws(self.draws(prompts), self.recipe)],
             )
         found = []
         for row in ids[:, given["input_ids"].shape[1] :].tolist():
-            ended = ends in row
-            own = row[: row.index(ends)] if ended else row
+            at = next((at for at, one in enumerate(row) if one in self.ends), None)
+            ended, own = at is not None, row[:at]
             text = self.tokenizer.decode(own, skip_special_tokens=True)
             found.append((text, len(own) + ended, ended))
         return [found[at : at + num] for at in range(0, len(found), num)]

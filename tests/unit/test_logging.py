@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scripts.lib import graph, tracking
 from scripts.lib.errors import UserError
+from scripts.lib.workflow import Workflow
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path("config/config.yaml")
@@ -54,12 +56,14 @@ def test_what_is_not_installed_is_an_error_before_anything_runs(
 ):
     text = "logging: {wandb: {project: nano}}"
     monkeypatch.setattr(tracking, "has", lambda package: False)
-    said = refused(text)
+    whole = built(text)  # what is current needs no package
+    flow = Workflow(SimpleNamespace(graph=whole))  # type: ignore[arg-type]
+    with pytest.raises(UserError) as error:
+        flow.check_logging(whole.nodes["sft/instruct"].logging)
+    said = str(error.value)
     assert ":2 logging.wandb: " in said and "has no wandb" in said
     assert "pip install wandb" in said
-    on_gpus = "\nengine: nvidia\nplacement: {default: {default: {gpus: 1}}, "
-    on_gpus += "grpo: {default: {cpus: 8}}}"
-    assert built(text + on_gpus).nodes  # they have a Python of their own
+    flow.check_logging(whole.nodes["pack/chat"].logging)
     assert built("").nodes["sft/instruct"].logging == {}
 
 

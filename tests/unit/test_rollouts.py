@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from scripts.lib.stages import STAGES
 from tests.unit.test_rl_graph import BASE, OWN, built, folder, own, read_once, refused
 
 __all__ = ["folder", "own", "read_once"]  # fixtures
@@ -46,6 +47,23 @@ def test_rollouts_read_a_model_and_prompts_and_feed_an_sft():
 @pytest.mark.parametrize("model", ["base", "polite", "reasoner", "nano", "export/nano"])
 def test_any_language_model_may_be_sampled(model: str):
     assert built(BETTER, rollouts(**{"from": model})).nodes["rollouts/solved"]
+
+
+def test_a_recipe_is_one_that_the_script_reads():
+    released = {"from": {"hf": "org/small", "revision": "a" * 40}, "data": "theirs"}
+    theirs = {
+        "tokenizer": {"theirs": {"hf": "org/small", "revision": "a" * 40}},
+        "prompts": {"theirs": {"tokenizer": "theirs", "data": "arithmetic", "max_prompt_tokens": 32}},
+        "pack": {"solved": {"tokenizer": "theirs"}},
+        "sft": {"better": {"from": {"hf": "org/small", "revision": "a" * 40}}},
+    }  # fmt: skip
+    whole = built(BETTER, theirs, rollouts(**released))
+    for node in whole.nodes.values():
+        STAGES[node.stage].recipe.model_validate(node.recipe)
+    assert whole.nodes["rollouts/solved"].recipe["parent"]["hf"] == "org/small"
+    parent = {"parent": {"hf": "org/small", "revision": "a" * 40}}
+    said = refused(BETTER, {"dpo": {"polite": parent}})
+    assert "dpo.polite.parent: unknown key" in said
 
 
 def test_the_best_of_several_may_be_sampled_unless_rollouts_train_it():

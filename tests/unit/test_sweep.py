@@ -111,6 +111,13 @@ def test_a_value_more_changes_no_other_node():
     )
 
 
+def test_two_rules_never_make_one_node():
+    one = {"from": {"best": "base", "by": "metrics.a.b"}}
+    other = {"from": {"best": "base", "by": "metrics.a_b"}}
+    said = refused({"sft": {"instruct": one, "other": {**other, "data": "chat"}}})
+    assert "makes best/base_by_metrics_a_b, and so does sft.instruct.from" in said
+
+
 @pytest.mark.parametrize(
     ("value", "name"),
     [
@@ -169,6 +176,9 @@ def test_a_key_below_another_can_be_varied():
     )
     (_, two) = whole.sweeps["grpo/reasoner"]
     assert whole.nodes[two].recipe["environment"]["math"]["weight"] == 2.0
+    given["grpo"]["reasoner"]["environment"] = "code"
+    whole = built(given, dict.fromkeys(("export", "eval", "report", "release")))
+    assert [*whole.nodes[two].recipe["environment"]] == ["code", "math"]
 
 
 def test_overrides_keep_the_dots_of_their_keys():

@@ -109,8 +109,29 @@ def test_nodes_that_left_the_config_go_but_not_those_of_another(project: Project
     said = clean(project, "--kind", "artifacts", "--yes")
     assert "another config" not in said and left.exists() and not killed.exists()
     (project.path / "config/other.yaml").unlink()
+    project.commit()  # its dvc.yaml has no such stage, its dvc.lock has
+    assert "of eval/sums" not in clean(project, "--kind", "cache")
     said = clean(project, "--kind", "artifacts", "--kind", "cache", "--refs", "none")
     assert "no such node now" in row(said, "artifacts/eval/sums")
     assert "of eval/sums" in said and left.exists()
     clean(project, "--kind", "artifacts", "--kind", "cache", "--refs", "none", "--yes")
     assert not left.exists()
+
+
+def test_what_another_config_says_of_a_node_of_the_same_name_counts(project: Project):
+    (old,) = project.path.glob("work/grpo/reasoner-*")
+    folder = old.with_name("reasoner-0123456789ab")
+    shutil.copytree(old, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(re.sub(r"steps: \d+", "steps: 77", recipe.read_text(), count=1))
+    shown = str(folder.relative_to(project.path))
+    of_node = "--node", "grpo/reasoner"
+    assert "of other inputs than now" in row(clean(project, *of_node), shown)
+    other = project.path / "config/longer.yml"
+    other.write_text("extends: config.yaml\ngrpo: {reasoner: {steps: 77}}\n")
+    assert "another config has a node like" in row(clean(project, *of_node), shown)
+    other.write_text("extends: config.yaml\ngrpo: {reasoner: {keep: true}}\n")
+    assert "keep: true" in row(clean(project, *of_node), shown)
+    other.unlink()
+    clean(project, *of_node, "--yes")
+    assert not folder.exists()
