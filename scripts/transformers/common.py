@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from scripts.lib import cli, outputs, tracking
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.progress import Progress
-from scripts.lib.schema import TrainingRecipe
+from scripts.lib.schema import Rewarded, TrainingRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -341,6 +341,18 @@ def read_rows(path: Path, what: str, of: Callable[[Any], Row]) -> list[Row]:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}:{number}", f"not a {what}: {error!r}") from error
     return rows
+
+
+def environments_of(
+    recipe: Rewarded, reward_model: Path | None
+) -> dict[str, dict[str, Any]]:
+    """A recipe's environments' settings; the reward model is read from its folder."""
+    settings = recipe.environments()
+    if "reward_model" in settings and "import" not in settings["reward_model"]:
+        if reward_model is None:
+            raise RecipeError("--reward-model", "missing", "give an rm node's folder")
+        settings["reward_model"]["folder"] = str(reward_model)
+    return settings
 
 
 def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -70,16 +70,6 @@ def rewards_of(environments: Mix) -> Callable[..., list[float]]:
     return reward
 
 
-def environments_of(recipe: GrpoRecipe, reward_model: Path | None) -> Mix:
-    """A recipe's environments; the reward model is read from its folder."""
-    settings = recipe.environments()
-    if "reward_model" in settings and "import" not in settings["reward_model"]:
-        if reward_model is None:
-            raise RecipeError("--reward-model", "missing", "give an rm node's folder")
-        settings["reward_model"]["folder"] = str(reward_model)
-    return Mix(settings)
-
-
 def rollouts_of(
     prompts: list[dict[str, Any]],
     environments: Mix,
@@ -156,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     common.align(model, tokenizer)
     num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
-    environments = environments_of(recipe, args.reward_model)
+    environments = Mix(common.environments_of(recipe, args.reward_model))
     rewards = [rewards_of(environments)]
     if recipe.algorithm == "dapo":
         longest = recipe.max_completion_tokens

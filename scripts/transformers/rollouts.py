@@ -337,16 +337,6 @@ def read_prompts(path: Path) -> list[Row]:
     return rows
 
 
-def judges_of(recipe: RolloutsRecipe, reward_model: Path | None) -> Judges:
-    """A recipe's environments; the reward model is read from its folder."""
-    settings = recipe.environments()
-    if "reward_model" in settings and "import" not in settings["reward_model"]:
-        if reward_model is None:
-            raise RecipeError("--reward-model", "missing", "give an rm node's folder")
-        settings["reward_model"]["folder"] = str(reward_model)
-    return Judges(settings)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the stage."""
     flags = cli.parser(__doc__)
@@ -366,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
-    judges = judges_of(recipe, args.reward_model)
+    judges = Judges(common.environments_of(recipe, args.reward_model))
     progress = Progress(args.work)
     answers = sampled(rows, judges, recipe, args, progress)
     write(rows, answers, judges, recipe, args.out, progress)

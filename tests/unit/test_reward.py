@@ -10,7 +10,8 @@ from scripts.environments.math import is_right
 from scripts.environments.mix import Mix
 from scripts.lib.errors import RecipeError
 from scripts.lib.schema import GrpoRecipe
-from scripts.transformers.grpo import environments_of, rewards_of
+from scripts.transformers.common import environments_of
+from scripts.transformers.grpo import rewards_of
 
 
 @pytest.mark.parametrize(
