@@ -6,7 +6,10 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -58,14 +61,33 @@ def test_a_stage_longer_than_its_time_limit_ends_with_the_same_bytes(site: Site)
     assert build.said.count("is Slurm job") == 1, "requeued, under one id"
 
 
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """Keep a process stopped, also after Slurm wakes it: it could save in time."""
+    over = threading.Event()
+
+    def freeze() -> None:
+        with suppress(ProcessLookupError):
+            while not over.wait(0.02):
+                os.kill(pid, signal.SIGSTOP)
+
+    thread = threading.Thread(target=freeze)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_a_job_killed_at_its_time_limit_goes_on_from_the_last_save(site: Site):
     site.train(minutes=5, stop_seconds=1)
     build = site.build("pretrain")
     job = build.at_step("pretrain/base", 60)
     (where,) = (j["node"] for j in site.cluster.jobs() if j["id"] == job)
-    os.kill(rank(site, where), signal.SIGSTOP)  # or it would be done before
-    site.cluster.expire(job)
-    site.cluster.wait_state(job, "TIMEOUT", seconds=90)
+    with frozen(rank(site, where)):
+        site.cluster.expire(job)
+        site.cluster.wait_state(job, "TIMEOUT", seconds=90)
     assert build.done() == {"pretrain/base"}
     assert build.job("pretrain/base") != job
     assert "pretrain/base  resumes" in build.said
