@@ -40,7 +40,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +51,7 @@ from scripts.lib import cli, graph, plan
 from scripts.lib.digest import on_all_cores
 from scripts.lib.errors import UserError
 from scripts.lib.graph import Node
+from scripts.lib.lineage import owner
 from scripts.lib.load import nearest, read_config
 from scripts.lib.run import MADE_BY, git, links_to, read_plan_command
 from scripts.lib.stages import STAGES
@@ -391,8 +392,7 @@ def left_over(path: Path) -> bool:
 
 def id_of(path: str) -> Id:
     """The node that publishes, or published, this path; empty where none does."""
-    parts = path.split("/")
-    return "/".join(parts[1:3]) if parts[0] == str(ARTIFACTS) else ""
+    return owner(path) or ""
 
 
 def other_configs(store: Store, planned: Path | None) -> list[Path]:
@@ -422,16 +422,14 @@ def said_in(merged: dict[str, Any]) -> dict[Id, Node | dict[str, Any]]:
             if isinstance(engines, dict)
             else engines
         )
-        script = spec.script_of(
-            "nvidia" if wanted == "nvidia" and spec.nvidia else "transformers"
-        )
+        engine = spec.engine_of("nvidia" if wanted == "nvidia" else "transformers")
+        code = spec.file_of(engine)
         for name, node in as_mapping(merged.get(stage)).items():
             numbers = {
                 key: value
                 for key, value in as_mapping(node).items()
                 if key in spec.recipe.model_fields and isinstance(value, int | float)
             }
-            code = f"{script.replace('.', '/')}.py"
             found[f"{stage}/{name}"] = {"recipe": numbers, "script": code}
     return found
 
@@ -515,10 +513,11 @@ def built_before(repo: Repo) -> Iterator[Record]:
         yield from records({"": parsed(path.read_text())})
 
 
-def at_commit(revision: str) -> Iterator[Record]:
+@cache
+def at_commit(revision: str) -> list[Record]:
     """What dvc.lock recorded at a commit."""
     text = git("show", f"{revision}:./dvc.lock")
-    yield from records(parsed(text or "").get("stages", {}))
+    return [*records(parsed(text or "").get("stages", {}))]
 
 
 def parsed(text: str) -> dict[str, Any]:
@@ -576,8 +575,10 @@ def collect_garbage(odb: HashFileDB, objects: set[str]) -> None:
     """
     from dvc_data.hashfile.db import get_index
 
-    for one in sorted(objects, key=lambda one: not one.endswith(".dir")):
-        odb.delete(one)
+    lists = {one for one in objects if one.endswith(".dir")}
+    for some in (lists, objects - lists):
+        if some:
+            odb.fs.remove([odb.oid_to_path(one) for one in sorted(some)])
     get_index(odb).clear()
 
 

@@ -9,7 +9,6 @@ another node of its stage, engine and model counts. Where none is, nothing is sa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -25,7 +24,7 @@ from scripts.lib.lineage import GPU, NOTE, Shelf, duration, owner, recorded
 from scripts.lib.plan import RUNS, Outlook
 from scripts.lib.schema import Budget
 from scripts.lib.stages import DATA, STAGES
-from scripts.lib.store import Record, Store, load_yaml
+from scripts.lib.store import Record, Store, key_of, load_yaml
 
 CPU, SETUP = "cpu_hours", "setup_seconds"
 UNITS = {GPU: "GPU-hours", CPU: "core-hours"}
@@ -124,7 +123,7 @@ class Estimator:
         if id not in self.known:
             self.known[id] = self.read(id)
         record = self.record(id)
-        script = f"{like.script.replace('.', '/')}.py"
+        script = STAGES[like.stage].file_of(like.engine)
         return self.known[id] if script in record.params.get("code", {}) else None
 
     def record(self, id: str) -> Record:
@@ -200,9 +199,7 @@ class Estimator:
         deps = self.found[node.id].deps
         if deps is None:
             return None
-        text = json.dumps([node.params, deps], sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:12]
-        work = Path("work", node.stage, f"{node.name}-{key}")
+        work = Path("work", node.stage, f"{node.name}-{key_of(node.params, deps)}")
         try:
             seconds = float(json.loads((work / "seconds.json").read_text()))
             if (work / "finished").exists():

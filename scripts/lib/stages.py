@@ -67,6 +67,10 @@ class Stage:
     def script_of(self, engine: schema.Engine) -> str:
         return self.nvidia if engine == "nvidia" else self.script
 
+    def file_of(self, engine: schema.Engine) -> str:
+        """The file of that script, as a node's code names it."""
+        return f"{self.script_of(engine).replace('.', '/')}.py"
+
     def packages_of(self, engine: schema.Engine) -> tuple[str, ...]:
         return self.nvidia_packages if engine == "nvidia" else self.packages
 

@@ -343,9 +343,9 @@ class Store:
     ) -> list[str]:
         """How its code and packages differ; where the engine does, all of them do."""
         for engine in LOCKS:
-            script = STAGES[node.stage].script_of(engine)
-            if engine != node.engine and f"{script.replace('.', '/')}.py" in code:
-                if script == node.script:
+            script = STAGES[node.stage].file_of(engine)
+            if engine != node.engine and script in code:
+                if script == STAGES[node.stage].file_of(node.engine):
                     continue
                 where = self._at_key("engine", node.stage)
                 return [f"engine {engine} -> {node.engine}{where}"]

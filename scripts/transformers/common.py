@@ -343,6 +343,18 @@ def read_rows(path: Path, what: str, of: Callable[[Any], Row]) -> list[Row]:
     return rows
 
 
+def read_prompts(path: Path) -> list[dict[str, str]]:
+    """The prompts of a JSONL file, and their answers."""
+
+    def row(found: Any) -> dict[str, str]:
+        return {"input": str(found["input"]), "output": str(found["output"])}
+
+    rows = read_rows(path, "prompt", row)
+    if not rows:
+        raise DataError(str(path), "holds no prompts")
+    return rows
+
+
 def environments_of(
     recipe: Rewarded, reward_model: Path | None
 ) -> dict[str, dict[str, Any]]:

@@ -18,14 +18,14 @@ Stops after a save, with exit code 75, on SIGTERM or a file `stop` in --work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from scripts.environments.mix import Mix, check_rows
 from scripts.lib import cli, dapo, outputs
-from scripts.lib.errors import DataError, RecipeError
+from scripts.lib.errors import RecipeError
 from scripts.lib.schema import GrpoRecipe
 from scripts.transformers import common
 from scripts.transformers.turns import Conversation, Rollouts
@@ -97,17 +97,10 @@ def rollouts_of(
     )
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Prompts of a JSONL file as TRL takes them."""
-
-    def prompt(row: Any) -> dict[str, Any]:
-        asked, answer = str(row["input"]), str(row["output"])
-        return {"prompt": [{"role": "user", "content": asked}], "output": answer}
-
-    prompts = common.read_rows(path, "prompt", prompt)
-    if not prompts:
-        raise DataError(str(path), "holds no prompts")
-    return prompts
+def for_trl(row: Mapping[str, str]) -> dict[str, Any]:
+    """A prompt and its answer as TRL takes them."""
+    prompt = [{"role": "user", "content": row["input"]}]
+    return {"prompt": prompt, "output": row["output"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,11 +123,9 @@ def main(argv: list[str] | None = None) -> int:
             "TRL has no dynamic sampling, which is a part of dapo",
             "dynamic_sampling: false trains by the rest of it",
         )
-    prompts = read_prompts(args.prompts / "train.jsonl")
-    check_rows(
-        recipe.environments(),
-        ({"input": p["prompt"][-1]["content"], "output": p["output"]} for p in prompts),
-    )
+    rows = common.read_prompts(args.prompts / "train.jsonl")
+    check_rows(recipe.environments(), rows)
+    prompts = [*map(for_trl, rows)]
     common.prepare(recipe)
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer

@@ -325,18 +325,6 @@ def nothing_kept(
     return DataError("filter", what, "; ".join([*hints, "or take more samples"]))
 
 
-def read_prompts(path: Path) -> list[Row]:
-    """The prompts of a JSONL file, and their answers."""
-
-    def row(found: Any) -> Row:
-        return {"input": str(found["input"]), "output": str(found["output"])}
-
-    rows = common.read_rows(path, "prompt", row)
-    if not rows:
-        raise DataError(str(path), "holds no prompts")
-    return rows
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the stage."""
     flags = cli.parser(__doc__)
@@ -348,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     if found := recipe.mistake():
         key, what, hint = found
         raise RecipeError(f"{args.recipe} {key}", what, hint)
-    rows = read_prompts(args.prompts / "train.jsonl")
+    rows = common.read_prompts(args.prompts / "train.jsonl")
     check_rows(recipe.environments(), rows)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
