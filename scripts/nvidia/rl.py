@@ -3,7 +3,8 @@
 NeMo-RL's own entry point runs, in this process, on a YAML of ours that lays the node's
 recipe over the configuration that NeMo-RL ships. Beside it, this process counts steps,
 asks for a save when it is to stop, and writes what was logged: NeMo-RL has no hooks for
-these, so its logger's and its timer's methods are wrapped. Its workers are as they are.
+these, so its logger's and its timer's methods are wrapped. Its workers are as they are,
+but for the number of their GPU (`renumbered`).
 
 A save is NeMo-RL's: work/saves/step_N, renamed into place when it is whole.
 """
@@ -33,7 +34,7 @@ from scripts.lib import cli, outputs, tracking
 from scripts.lib.errors import DataError, UserError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import RL_PLACEMENT, Placement
-from scripts.nvidia import common, versions
+from scripts.nvidia import common, gpus, versions
 from scripts.nvidia.settings import has_flash, has_module
 
 LOCK = Path("envs/nemo-rl.lock")
@@ -54,6 +55,9 @@ SHIPPED = {
     ("rm", "dtensor"): "rm.yaml",
 }
 """The configuration of NeMo-RL that a node's settings are laid over."""
+
+SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
+"""Ray's name for what a worker runs first (ray._private.ray_constants, 2.55)."""
 
 REWARDS = "rewards.jsonl"
 """What the environments gave, by their actor, in --work."""
@@ -241,7 +245,7 @@ def megatron(
     warmup = 0 if recipe.lr_scheduler == "constant" else recipe.warmup_steps
     found: dict[str, Any] = {
         "enabled": True,
-        "env_vars": all_gpus(),
+        "env_vars": renumbered(),
         "tensor_model_parallel_size": args.tensor_parallel,
         "pipeline_model_parallel_size": args.pipeline_parallel,
         "context_parallel_size": args.context_parallel,
@@ -276,12 +280,10 @@ def megatron(
     return found
 
 
-def all_gpus() -> dict[str, str]:
-    """What has Megatron's workers find a GPU by the number that Ray tells them.
+def renumbered() -> dict[str, str]:
+    """What has Megatron's workers count GPUs as PyTorch does (`scripts.nvidia.gpus`).
 
-    That is its number on this machine, and they use it (0.7.0) though they see no more
-    than $CUDA_VISIBLE_DEVICES: fine where that is 0, 1, ... Raises UserError where it
-    has no numbers.
+    Raises UserError where $CUDA_VISIBLE_DEVICES has no numbers.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in given.split(",") if name.strip()]
@@ -291,10 +293,9 @@ def all_gpus() -> dict[str, str]:
             "NeMo-RL finds Megatron's GPUs by their numbers",
             "name them as `nvidia-smi -L` numbers them, or set backend: dtensor",
         )
-    numbers = sorted(map(int, names))
-    if numbers == list(range(len(numbers))):
+    if list(map(int, names)) == list(range(len(names))):
         return {}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(numbers[-1] + 1)))}
+    return {SETUP_HOOK: f"{gpus.__name__}.{gpus.as_pytorch_counts.__name__}"}
 
 
 def torch_optimizer(recipe: Any) -> dict[str, Any]:

@@ -453,6 +453,27 @@ def fields_of(name: str, wanted: dict[str, Any], root: Path) -> dict[str, Any]:
     return dict(json.loads(text.replace("ALGORITHM", case.get("stage", "grpo"))))
 
 
+@pytest.mark.parametrize("visible", ["0,1", "1", "3,2"])
+def test_each_worker_takes_a_gpu_of_its_own_that_the_run_was_given(visible: str):
+    ran = subprocess.run(
+        [NEMO_RL, "-m", "tests.bridge.programs.ray_gpus"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": visible,
+            "RAY_ADDRESS": "local",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
+    assert json.loads(ran.stderr.splitlines()[-1]) == sorted(visible.split(","))
+
+
 # ---- settings --------------------------------------------------------------------
 
 

@@ -106,14 +106,16 @@ def test_overrides_lie_over_settings_section_by_section():
 
 
 @pytest.mark.parametrize(
-    ("seen", "told"), [("", None), ("0,1", None), ("1", "0,1"), ("3, 2", "0,1,2,3")]
+    ("seen", "counted"),
+    [("", False), ("0, 1", False), ("1", True), ("1,0", True), ("3, 2", True)],
 )
-def test_megatron_finds_the_gpus_that_a_run_was_given(
-    make: Any, monkeypatch: pytest.MonkeyPatch, seen: str, told: str | None
+def test_megatron_counts_gpus_as_pytorch_does_where_ray_counts_otherwise(
+    make: Any, monkeypatch: pytest.MonkeyPatch, seen: str, counted: bool
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     found = rl.policy(recipe(), make("megatron"), DENSE, 64)["megatron_cfg"]
-    assert found["env_vars"].get("CUDA_VISIBLE_DEVICES") == told
+    hook = {rl.SETUP_HOOK: "scripts.nvidia.gpus.as_pytorch_counts"}
+    assert found["env_vars"] == (hook if counted else {})
 
 
 def test_gpus_without_numbers_are_refused_for_megatron(
