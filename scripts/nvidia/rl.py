@@ -271,9 +271,8 @@ def megatron(
             "lr_warmup_iters": warmup,
             "lr_warmup_init": 0.0,
         },
-        "distributed_data_parallel_config": {
-            "overlap_param_gather": args.distributed_optimizer
-        },
+        # else vLLM gets what the next forward pass would have gathered first (0.7.0)
+        "distributed_data_parallel_config": {"overlap_param_gather": False},
     }
     if not has_flash():
         found["attention_backend"] = "unfused"  # cuDNN's take no odd lengths
