@@ -454,9 +454,11 @@ def fields_of(name: str, wanted: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("visible", ["0,1", "1", "3,2"])
-def test_each_worker_takes_a_gpu_of_its_own_that_the_run_was_given(visible: str):
+def test_each_worker_takes_a_gpu_of_its_own_that_the_run_was_given(
+    visible: str, tmp_path: Path
+):
     ran = subprocess.run(
-        [NEMO_RL, "-m", "tests.bridge.programs.ray_gpus"],
+        [NEMO_RL, "-m", "tests.bridge.programs.ray_gpus", tmp_path / "found"],
         cwd=ROOT,
         env={
             **os.environ,
@@ -471,7 +473,8 @@ def test_each_worker_takes_a_gpu_of_its_own_that_the_run_was_given(visible: str)
         timeout=300,
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
-    assert json.loads(ran.stderr.splitlines()[-1]) == sorted(visible.split(","))
+    found = json.loads((tmp_path / "found").read_text())
+    assert sorted(found) == sorted(visible.split(","))
 
 
 # ---- settings --------------------------------------------------------------------

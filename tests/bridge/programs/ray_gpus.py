@@ -1,4 +1,4 @@
-"""Prints how a worker of Ray's counts its GPUs, on a machine that need not have any.
+"""Writes which GPUs workers of Ray's take, on a machine that need not have any.
 
 Each of the workers asks as NeMo-RL's Megatron worker does: an actor with methods of
 asyncio, to whom all GPUs of the run stay visible.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import ray
 
@@ -32,7 +33,7 @@ def main() -> None:
         Worker.options(runtime_env={"env_vars": names}).remote() for _ in range(count)
     ]
     found = ray.get([worker.gpu.remote() for worker in workers])
-    print(json.dumps(sorted(found)), file=sys.stderr)
+    Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
