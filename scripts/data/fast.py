@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -156,6 +157,12 @@ class Checks:
         self._left = np.full(CODE_POINTS, NOT_SEEN, np.int8)
         self._left[[*range(0x20, 0x7F), *b"\t\n\r"]] = 0
         self._settle()
+
+    def later(self) -> Checks:
+        """For other texts of the kind: what is settled stays, the sample is of MANY."""
+        found = copy(self)
+        found._left, found.num_texts = self._left.copy(), MANY
+        return found
 
     def choose(self, texts: list[str]) -> list[Part]:
         """What of `texts`, which follow the ones seen before."""

@@ -1,4 +1,4 @@
-"""A Megatron bin/idx pair written file by file, which can go back to a file's start.
+"""A Megatron bin/idx pair written chunk by chunk, which can go back to a chunk's start.
 
 The bytes are those of `scripts.lib.indexed`, which describes the format. Lengths of
 documents wait in a file, so memory grows neither with tokens nor with documents.
@@ -7,6 +7,7 @@ documents wait in a file, so memory grows neither with tokens nor with documents
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,13 @@ BLOCK = 1 << 20
 Array = npt.NDArray[Any]
 
 
-class Shard:
-    """Writes PREFIX.bin and PREFIX.idx; neither name exists before `finish`.
+class Tokens:
+    """Documents' ids in one file and their lengths in another, both appended to."""
 
-    `sizes` is a file for the documents' lengths. What PREFIX.bin.tmp and it hold of
-    an earlier run is kept as far as `go_back` is told, and dropped without.
-    """
-
-    def __init__(self, prefix: Path, sizes: Path, vocab_size: int) -> None:
-        self.prefix, self.sizes = prefix, sizes
+    def __init__(self, ids: Path, sizes: Path, vocab_size: int) -> None:
         self.dtype = token_dtype(vocab_size)
         self.num_documents = self.num_tokens = 0
-        self._bin = prefix.with_name(f"{prefix.name}.bin.tmp").open("ab")
-        self._sizes = sizes.open("ab")
-        self._digests = hashlib.blake2b(), hashlib.blake2b()
-
-    def holds(self, num_documents: int, num_tokens: int) -> bool:
-        """Whether the files are long enough to go on from there."""
-        return (
-            self._bin.tell() >= num_tokens * self.dtype.itemsize
-            and self._sizes.tell() >= num_documents * 4
-        )
-
-    def go_back(self, num_documents: int, num_tokens: int) -> None:
-        """Drop what came after this many documents and tokens."""
-        self.flush()
-        self._bin.truncate(num_tokens * self.dtype.itemsize)
-        self._sizes.truncate(num_documents * 4)
-        self.num_documents, self.num_tokens = num_documents, num_tokens
+        self._bin, self._sizes = ids.open("ab"), sizes.open("ab")
         self._digests = hashlib.blake2b(), hashlib.blake2b()
 
     def add(self, ids: Array, lengths: Array) -> None:
@@ -77,6 +57,54 @@ class Shard:
         """Leave the files as they are."""
         self._bin.close()
         self._sizes.close()
+
+
+class Apart(Tokens):
+    """Tokens in new files of their own, PREFIX.ids and PREFIX.sizes, for a shard."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        super().__init__(*apart(prefix), vocab_size)
+
+
+def apart(prefix: Path) -> tuple[Path, Path]:
+    """The files of such tokens."""
+    return prefix.with_suffix(".ids"), prefix.with_suffix(".sizes")
+
+
+class Shard(Tokens):
+    """Writes PREFIX.bin and PREFIX.idx; neither name exists before `finish`.
+
+    `sizes` is a file for the documents' lengths. What PREFIX.bin.tmp and it hold of
+    an earlier run is kept as far as `go_back` is told, and dropped without.
+    """
+
+    def __init__(self, prefix: Path, sizes: Path, vocab_size: int) -> None:
+        self.prefix, self.sizes = prefix, sizes
+        super().__init__(prefix.with_name(f"{prefix.name}.bin.tmp"), sizes, vocab_size)
+
+    def holds(self, num_documents: int, num_tokens: int) -> bool:
+        """Whether the files are long enough to go on from there."""
+        return (
+            self._bin.tell() >= num_tokens * self.dtype.itemsize
+            and self._sizes.tell() >= num_documents * 4
+        )
+
+    def go_back(self, num_documents: int, num_tokens: int) -> None:
+        """Drop what came after this many documents and tokens."""
+        self.flush()
+        self._bin.truncate(num_tokens * self.dtype.itemsize)
+        self._sizes.truncate(num_documents * 4)
+        self.num_documents, self.num_tokens = num_documents, num_tokens
+        self._digests = hashlib.blake2b(), hashlib.blake2b()
+
+    def append(self, prefix: Path, num_documents: int, num_tokens: int) -> None:
+        """Append what was written apart, and remove it."""
+        for path, file in zip(apart(prefix), (self._bin, self._sizes), strict=True):
+            with path.open("rb") as content:
+                shutil.copyfileobj(content, file, BLOCK)
+            path.unlink()
+        self.num_documents += num_documents
+        self.num_tokens += num_tokens
 
     def finish(self) -> None:
         """Write the index and give both files their names, the index last."""
