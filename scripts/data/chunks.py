@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Chunk:
         if not self.files:
             return digest(self.paths[0], self.lines)
         found = [{"file": path.name, "digest": digest(path)} for path in self.files]
-        return hashlib.blake2b(json.dumps(found).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     @property
     def receipt(self) -> Receipt:
@@ -113,17 +113,19 @@ def digest(path: Path, lines: range | None = None) -> str:
     """A file's content, or some of it, as a hexadecimal digest."""
     with path.open("rb") as file:
         if lines is None:
-            return hashlib.file_digest(file, "blake2b").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(lines.start)
-        found, left = hashlib.blake2b(), len(lines)
+        found, left = hashlib.sha256(), len(lines)
         while block := file.read(min(left, rows.BLOCK)):
             found.update(block)
             left -= len(block)
         return found.hexdigest()
 
 
-def take_digests(chunks: Iterable[Chunk]) -> None:
+def take_digests(chunks: list[Chunk]) -> None:
     """Have the digests of chunks by the time that they are asked for."""
+    if len(chunks) < 2:
+        return
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(num_cores()) as pool:

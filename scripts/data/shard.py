@@ -29,7 +29,7 @@ class Tokens:
         self.dtype = token_dtype(vocab_size)
         self.num_documents = self.num_tokens = 0
         self._bin, self._sizes = ids.open("ab"), sizes.open("ab")
-        self._digests = hashlib.blake2b(), hashlib.blake2b()
+        self._digests = hashlib.sha256(), hashlib.sha256()
 
     def add(self, ids: Array, lengths: Array) -> None:
         """Append documents: their ids in a row, and how many are each one's."""
@@ -45,7 +45,7 @@ class Tokens:
     def take_digest(self) -> str:
         """Digest of what was added since the last one was taken, or since `go_back`."""
         found = "".join(digest.hexdigest()[:32] for digest in self._digests)
-        self._digests = hashlib.blake2b(), hashlib.blake2b()
+        self._digests = hashlib.sha256(), hashlib.sha256()
         return found
 
     def flush(self) -> None:
@@ -95,7 +95,7 @@ class Shard(Tokens):
         self._bin.truncate(num_tokens * self.dtype.itemsize)
         self._sizes.truncate(num_documents * 4)
         self.num_documents, self.num_tokens = num_documents, num_tokens
-        self._digests = hashlib.blake2b(), hashlib.blake2b()
+        self._digests = hashlib.sha256(), hashlib.sha256()
 
     def append(self, prefix: Path, num_documents: int, num_tokens: int) -> None:
         """Append what was written apart, and remove it."""

@@ -178,7 +178,7 @@ class SourceChunks:
         ones = [Earlier(folder, self.name, self.settings) for folder in folders]
         names = {name for one in ones for name in one.names}
         told = [i for i, c in enumerate(self.chunks) if (c.file, c.number) in names]
-        take_digests(self.chunks[i] for i in told)
+        take_digests([self.chunks[i] for i in told])
         found = {}
         for i in told:
             has = [one for one in ones if one.has(self.chunks[i])]
@@ -539,4 +539,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, at_once=True)

@@ -240,12 +240,15 @@ class RowReader(Generic[Taken]):
             return
         readers = {LINES: self._lines, PARQUET: self._parquet, TEXT: self._text}
         for path in self.files:
-            found, self.place = False, str(path)
-            for item in readers[_format(path)](path):
-                found = True
-                yield item
-            if not found and self.lines is None:
-                raise no_rows(path)
+            self.place = str(path)
+            items = readers[_format(path)](path)
+            for first in items:
+                yield first
+                yield from items
+                break
+            else:
+                if self.lines is None:
+                    raise no_rows(path)
             self._position = lambda: 0
             self._bytes_before += path.stat().st_size
 
