@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ class Chunk:
     files: list[Path] = field(default_factory=list)
     revision: str = ""
     _digest: str = ""
+
+    @property
+    def first(self) -> Chunk:
+        """The first one of a file that is cut."""
+        between = 0, self.between[1] - self.between[0]
+        return replace(self, number=0, between=between, _digest="")
 
     @property
     def lines(self) -> range | None:
@@ -227,8 +233,7 @@ class ChunkEncoder:
             return self._first[1]
         if self._first is None or self._first[0] != file:
             checks = Checks()
-            (first,) = chunks_of(task.source, chunk.paths, chunk.paths)[:1]
-            for _, texts in batches(read(task, first), task.source, []):
+            for _, texts in batches(read(task, chunk.first), task.source, []):
                 checks.choose(texts)
             self._first = file, checks
         return self._first[1].later()

@@ -19,6 +19,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from shutil import rmtree
 
 from scripts.data import fast
 from scripts.data.chunks import ChunkEncoder, Made, Task
@@ -81,7 +82,8 @@ class Workers:
         Raises what a process raised in a chunk's turn, and UserError where one was
         killed.
         """
-        folder.mkdir(exist_ok=True)
+        rmtree(folder, ignore_errors=True)  # what a killed run left
+        folder.mkdir()
         waiting: list[int] = []
         made: dict[int, Made | Exception] = {}
         num_seen = 0
