@@ -428,9 +428,10 @@ def write(
     try:
         state.begin(shard)
         ways = Ways.of(source, folders, state, bool(encoder.refusal))
+        shard.go_back(state.documents, state.tokens)
         while len(state.files) < len(source.chunks):
-            shard.go_back(state.documents, state.tokens)
             write_chunks(source, encoders, state, shard, ways, progress)
+            shard.go_back(state.documents, state.tokens)
         shard.finish()
     finally:
         shard.close()

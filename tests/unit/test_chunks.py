@@ -12,6 +12,7 @@ import pytest
 
 from scripts.data import chunks, fast, tokenize
 from scripts.data.documents import DocumentEncoder
+from scripts.data.shard import Shard
 from scripts.lib import rows
 from scripts.lib.errors import DataError
 from tests.unit.conftest import run
@@ -186,6 +187,18 @@ def test_a_run_goes_on_at_the_chunk_it_was_at(make, tmp_path, many, monkeypatch)
     encoded = make(many, "out")
     left = sum(r["documents"] for r in receipts(tmp_path / "out")[done:])
     assert len(encoded) == left < len(MANY)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_run_that_stopped_before_its_index_writes_it(
+    make, tmp_path, many, monkeypatch
+):
+    make(many, "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "finish", lambda shard: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):
+            make(many, "out")
+    assert make(many, "out") == set()
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
