@@ -1,9 +1,10 @@
-"""What is known of files that were tokenized, and how to take their tokens over.
+"""What is known of chunks that were tokenized, and how to take their tokens over.
 
 A folder of tokens has receipts.json, or one NAME.receipts.jsonl a source while it is
-made. A file's tokens depend on its content and on its source's `settings` alone, never
-on other files; so what an earlier folder holds of a file is copied where the receipts
-agree, and kept where the digest of the copy is the one that the receipt tells.
+made. A chunk's tokens depend on its content and on its source's `settings` alone, never
+on others; so what an earlier folder holds of a chunk is copied where the receipts
+agree, and kept where the digest of the copy is the one that the receipt tells. Only the
+library that made them is one for all chunks of a file.
 """
 
 from __future__ import annotations

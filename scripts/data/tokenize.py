@@ -4,8 +4,8 @@ Reads   --tokenizer  Hugging Face tokenizer folder
         --data       NAME=PATH, repeated: rows with `text`
         --recipe     YAML of one `tokenize:` node
         --earlier    folder, repeated: an --out of before, whole or not. What it has of
-                     a file that is unchanged is copied; the bytes are as without it
-        --share      2/8: make but the second of eight parts of the files, about alike
+                     a chunk that is unchanged is copied; the bytes are as without it
+        --share      2/8: make but the second of eight parts of the chunks, about alike
                      in bytes, without those that --earlier has; no blend. All shares
                      as --earlier of a run without it leave that to copy alone
 Writes  --out        NAME.bin, NAME.idx  tokens: uint16, or int32 for large
@@ -14,21 +14,25 @@ Writes  --out        NAME.bin, NAME.idx  tokens: uint16, or int32 for large
                                          tokens, bad_rows), tokenizer_vocab_size,
                                          eod_id
                      receipts.json       of each source: the settings its tokens depend
-                                         on; of each file: digest, documents, tokens,
-                                         bytes written and their digest, the library
-                                         that encoded it, documents checked
+                                         on; of each file, or `chunk` of a file that is
+                                         cut, counted from 0: SHA-256 of its bytes,
+                                         documents, tokens, bytes written and their
+                                         digest, the library that encoded it and, where
+                                         it is not fastokens, why; documents checked, by
+                                         the run that encoded it
 Raises  DataError for bad rows, for no token at all, for a folder that is no
         tokenizer's, for special tokens in documents where they are refused
-Resumes file by file: a source whose receipts in --out tell of the same files and
-        which is whole is kept, and one half done goes on at the file it was at
+Resumes chunk by chunk: a source whose receipts in --out tell of the same content and
+        which is whole is kept, and one half done goes on at the chunk it was at
 
-The ids are those of Megatron's preprocess_data.py: special-token text in a document
-becomes the special token unless the recipe says otherwise, what the tokenizer adds by
-itself (BOS) is kept, and a document without a token is a document entry with no
-sequence and no EOD. fastokens makes them, checked against Hugging Face's tokenizers
-(`scripts.data.fast`), which encode a whole file where one document differs.
-OMP_NUM_THREADS processes encode, one a core by default; the bytes do not depend on
-their number.
+A chunk is a file, or 16 MB of a plain one of lines (`scripts.data.chunks`). The ids are
+those of Megatron's preprocess_data.py: special-token text in a document becomes the
+special token unless the recipe says otherwise, what the tokenizer adds by itself (BOS)
+is kept, and a document without a token is a document entry with no sequence and no EOD.
+fastokens makes them, checked against Hugging Face's tokenizers (`scripts.data.fast`),
+which encode all chunks of a file where one document of it differs. OMP_NUM_THREADS
+processes make chunks, one a core by default; bytes and receipts do not depend on their
+number.
 
     python -m scripts.data.tokenize --tokenizer T --data corpus=corpus.jsonl \
         --recipe R --out work/try

@@ -98,6 +98,21 @@ def test_a_changed_file_is_encoded_by_one_job_alone(project: Project, tmp_path: 
     assert_current(project)
 
 
+def test_jobs_share_one_large_file(project: Project, tmp_path: Path):
+    rows = project.rows("data/corpus-0.jsonl")
+    for i in range(5):
+        os.remove(project.path / f"data/corpus-{i}.jsonl")
+    project.write_rows("data/corpus-0.jsonl", rows)
+    path = project.path / "data/corpus-0.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content * (36_000_000 // len(content)))
+    project.snakemake("tokenize")
+    assert new_files(project) == [1, 1, 1]
+    assert said(project, "3 of 3 chunks as before")
+    assert_same_as_fresh(project, tmp_path)
+    assert_current(project)
+
+
 def test_killed_jobs_go_on_and_finished_ones_are_kept(project: Project, tmp_path: Path):
     for i in range(5):
         rows = project.rows(f"data/corpus-{i}.jsonl")
