@@ -111,7 +111,7 @@ class Earlier:
         except (DataError, LookupError, ValueError):  # a damaged index tells anything
             return False
         shard.add(lengths[:0], lengths)
-        return shard.take_digest() == receipt["content"]
+        return bool(shard.take_digest() == receipt["content"])
 
     def _lengths(self, first: int, count: int) -> Array:
         if not self.finished:

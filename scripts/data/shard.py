@@ -7,28 +7,28 @@ documents wait in a file, so memory grows neither with tokens nor with documents
 from __future__ import annotations
 
 import hashlib
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from scripts.lib.indexed import CODES, HEAD, MAGIC, VERSION, token_dtype
 
-BLOCK = 1 << 20
+BLOCK, AT_ONCE = 1 << 20, 1 << 17
 
 Array = npt.NDArray[Any]
 
 
 class Tokens:
-    """Documents' ids in one file and their lengths in another, both appended to."""
+    """Documents' ids, written to one file, and their lengths, to another."""
 
-    def __init__(self, ids: Path, sizes: Path, vocab_size: int) -> None:
+    def __init__(self, ids: BinaryIO, sizes: BinaryIO, vocab_size: int) -> None:
         self.dtype = token_dtype(vocab_size)
         self.num_documents = self.num_tokens = 0
-        self._bin, self._sizes = ids.open("ab"), sizes.open("ab")
+        self._bin, self._sizes = ids, sizes
         self._digests = hashlib.sha256(), hashlib.sha256()
 
     def add(self, ids: Array, lengths: Array) -> None:
@@ -60,15 +60,23 @@ class Tokens:
 
 
 class Apart(Tokens):
-    """Tokens in new files of their own, PREFIX.ids and PREFIX.sizes, for a shard."""
+    """Tokens in PREFIX.ids and PREFIX.sizes, until a shard takes them.
+
+    Files that are there are written over, which costs half of writing new ones.
+    """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
-        super().__init__(*apart(prefix), vocab_size)
+        ids, sizes = (open(p, "wb", opener=_as_it_is) for p in apart(prefix))
+        super().__init__(ids, sizes, vocab_size)
 
 
 def apart(prefix: Path) -> tuple[Path, Path]:
     """The files of such tokens."""
     return prefix.with_suffix(".ids"), prefix.with_suffix(".sizes")
+
+
+def _as_it_is(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
 class Shard(Tokens):
@@ -80,7 +88,8 @@ class Shard(Tokens):
 
     def __init__(self, prefix: Path, sizes: Path, vocab_size: int) -> None:
         self.prefix, self.sizes = prefix, sizes
-        super().__init__(prefix.with_name(f"{prefix.name}.bin.tmp"), sizes, vocab_size)
+        tokens = prefix.with_name(f"{prefix.name}.bin.tmp")
+        super().__init__(tokens.open("ab"), sizes.open("ab"), vocab_size)
 
     def holds(self, num_documents: int, num_tokens: int) -> bool:
         """Whether the files are long enough to go on from there."""
@@ -98,11 +107,14 @@ class Shard(Tokens):
         self._digests = hashlib.sha256(), hashlib.sha256()
 
     def append(self, prefix: Path, num_documents: int, num_tokens: int) -> None:
-        """Append what was written apart, and remove it."""
-        for path, file in zip(apart(prefix), (self._bin, self._sizes), strict=True):
-            with path.open("rb") as content:
-                shutil.copyfileobj(content, file, BLOCK)
-            path.unlink()
+        """Append what was written apart."""
+        counts = num_tokens * self.dtype.itemsize, num_documents * 4
+        files = self._bin, self._sizes
+        for path, file, left in zip(apart(prefix), files, counts, strict=True):
+            with path.open("rb", buffering=0) as content:
+                while block := content.read(min(left, AT_ONCE)):
+                    file.write(block)
+                    left -= len(block)
         self.num_documents += num_documents
         self.num_tokens += num_tokens
 

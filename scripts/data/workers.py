@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 from scripts.data import fast
 from scripts.data.chunks import ChunkEncoder, Made, Task
@@ -59,9 +60,10 @@ class Workers:
         num: int,
     ) -> None:
         fork = not fast.threads_started
-        context = get_context("fork" if fork else "spawn")
+        context: Any = get_context("fork" if fork else "spawn")
         self.workers: list[Worker] = []
-        self.num_made = 0
+        self.num_prefixes = 0
+        self.free: list[Path] = []
         for _ in range(num):
             ours, its = context.Pipe()
             args = (its, encoder if fork else None, tokenizer, recipe)
@@ -77,13 +79,14 @@ class Workers:
             worker.process.join()
 
     def make(self, tasks: list[Task], folder: Path) -> Generator[Made]:
-        """What came of each task; tokens are in files in `folder`.
+        """What came of each task; tokens are in files in `folder`, until the next.
 
         Raises what a process raised in a chunk's turn, and UserError where one was
         killed.
         """
         rmtree(folder, ignore_errors=True)  # what a killed run left
         folder.mkdir()
+        self.free = []
         waiting: list[int] = []
         made: dict[int, Made | Exception] = {}
         num_seen = 0
@@ -101,6 +104,8 @@ class Workers:
                 if isinstance(found, Exception):
                     raise found
                 yield found
+                if found.tokens:
+                    self.free.append(found.tokens)
         finally:
             for worker in self.workers:
                 if worker.task is not None:
@@ -112,8 +117,10 @@ class Workers:
                 best = min(waiting, key=lambda i: (worker.prefers(tasks[i]), i))
                 waiting.remove(best)
                 worker.task, worker.file = best, tasks[best].chunk.paths
-                self.num_made += 1
-                _send(worker, (tasks[best], folder / str(self.num_made)))
+                if not self.free:
+                    self.num_prefixes += 1
+                    self.free.append(folder / str(self.num_prefixes))
+                _send(worker, (tasks[best], self.free.pop()))
 
     def _take(
         self, made: dict[int, Made | Exception], seconds: float | None = None
