@@ -125,18 +125,24 @@ def can_be_cut(path: Path) -> bool:
 
 
 def lines_from(path: Path, start: int, stop: int) -> range:
-    """The bytes of the lines that begin at `start` or later, but before `stop`."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:
-            return range(0)
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+    """The bytes of the lines that begin at `start` or later, but before `stop`.
 
-            def line_from(at: int) -> int:
-                before = content.find(b"\n", at - 1) if at else -1
-                return before + 1 if before >= 0 or not at else size
+    Raises DataError where the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                return range(0)
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
 
-            return range(line_from(start), line_from(min(stop, size)))
+                def line_from(at: int) -> int:
+                    before = content.find(b"\n", at - 1) if at else -1
+                    return before + 1 if before >= 0 or not at else size
+
+                return range(line_from(start), line_from(min(stop, size)))
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def num_lines(path: Path, start: int, stop: int) -> int:
@@ -268,11 +274,7 @@ class RowReader(Generic[Taken]):
                 else:
                     yield raw
         except OSError as error:
-            raise DataError(
-                str(path),
-                f"cannot be read to its end: {error}",
-                "if the file is cut short or damaged, copy it again",
-            ) from error
+            raise _unreadable(path, error) from error
 
     def _lines(self, path: Path) -> Iterator[tuple[int, Any]]:
         import orjson
@@ -383,6 +385,14 @@ def too_many_bad_rows(name: str, source: Source, some: list[str]) -> DataError:
         f"bad rows, more than the {source.max_bad_rows} allowed:\n  "
         + "\n  ".join(some[:EXAMPLES]),
         f"mend the rows, or allow them to be left out with `max_bad_rows` of data.{name}",
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        str(path),
+        f"cannot be read to its end: {error}",
+        "if the file is cut short or damaged, copy it again",
     )
 
 

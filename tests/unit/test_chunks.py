@@ -62,6 +62,13 @@ def test_each_byte_is_in_one_chunk_and_each_chunk_ends_with_a_line(tmp_path, con
             assert rows.num_lines(path, 0, lines.start) == before
 
 
+def test_lines_of_no_file_are_none(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert not rows.lines_from(tmp_path / "empty.jsonl", 0, 9)
+    with pytest.raises(DataError, match="gone"):
+        rows.lines_from(tmp_path / "gone.jsonl", 0, 9)
+
+
 @pytest.fixture
 def make(tmp_path, tokenizer_folder, monkeypatch):
     """Tokenize files, chunks of them or whole ones; the texts that were encoded."""
