@@ -81,11 +81,11 @@ class Earlier:
             self._starts[key_of(receipt)] = receipt, documents, tokens
             documents += receipt["documents"]
             tokens += receipt["tokens"]
+        self._names = {(file, number) for file, number, _digest in self._starts}
 
-    @cached_property
-    def names(self) -> set[tuple[str, int | None]]:
-        """The chunks it has, as they were: their files and numbers."""
-        return {(file, number) for file, number, _digest in self._starts}
+    def names(self, chunk: Chunk) -> bool:
+        """Whether it has a chunk of that file and number, as it was then."""
+        return (chunk.file, chunk.number) in self._names
 
     def has(self, chunk: Chunk) -> bool:
         """Whether it has the same content under the same name."""

@@ -177,18 +177,18 @@ class SourceChunks:
         chunks = chunks_of(source, paths, files)
         return cls(name, source, settings_with(source, settings), chunks)
 
-    def known_to(self, folders: list[Path]) -> dict[int, Earlier]:
-        """The earlier folder, the first one of them, that has a chunk, by its index."""
-        ones = [Earlier(folder, self.name, self.settings) for folder in folders]
-        names = {name for one in ones for name in one.names}
-        told = [i for i, c in enumerate(self.chunks) if (c.file, c.number) in names]
+    def earlier(self, folders: list[Path]) -> list[Earlier]:
+        """What these folders have of the source."""
+        return [Earlier(folder, self.name, self.settings) for folder in folders]
+
+    def known_to(self, ones: list[Earlier]) -> dict[int, Earlier]:
+        """The first of them that has a chunk as it is now, by the chunk's index."""
+        told = [
+            i for i, c in enumerate(self.chunks) if any(one.names(c) for one in ones)
+        ]
         take_digests([self.chunks[i] for i in told])
-        found = {}
-        for i in told:
-            has = [one for one in ones if one.has(self.chunks[i])]
-            if has:
-                found[i] = has[0]
-        return found
+        having = {i: [one for one in ones if one.has(self.chunks[i])] for i in told}
+        return {i: ones[0] for i, ones in having.items() if ones}
 
     @cached_property
     def firsts(self) -> list[int]:
@@ -204,26 +204,18 @@ def shared(
     sources: list[SourceChunks], number: tuple[int, int], folders: list[Path]
 ) -> list[SourceChunks]:
     """What one of several jobs has to do. It reads no other job's chunks."""
-    every = [(source, chunk) for source in sources for chunk in source.chunks]
-    names = {
-        source.name: {
-            name
-            for folder in folders
-            for name in Earlier(folder, source.name, source.settings).names
-        }
-        for source in sources
-    }
+    earlier = [source.earlier(folders) for source in sources]
+    every = [(i, chunk) for i, source in enumerate(sources) for chunk in source.chunks]
     mine = share.share_of(
         [chunk.num_bytes for _, chunk in every],
-        [(chunk.file, chunk.number) in names[source.name] for source, chunk in every],
+        [any(one.names(chunk) for one in earlier[i]) for i, chunk in every],
         number,
     )
     found, todo = [], 0
-    for source in sources:
-        here = [every[i][1] for i in mine if every[i][0] is source]
-        part = replace(source, chunks=here)
-        known = part.known_to(folders)
-        left = [chunk for i, chunk in enumerate(here) if i not in known]
+    for i, source in enumerate(sources):
+        part = replace(source, chunks=[every[j][1] for j in mine if every[j][0] == i])
+        known = part.known_to(earlier[i])
+        left = [chunk for j, chunk in enumerate(part.chunks) if j not in known]
         todo += len(left)
         found.append(replace(source, chunks=left))
     say(f"share {number[0]} of {number[1]}: {todo} of {len(mine)} chunks are new")
@@ -391,7 +383,7 @@ class Ways:
     def of(
         cls, source: SourceChunks, folders: list[Path], state: State, refused: bool
     ) -> Ways:
-        known = source.known_to(folders)
+        known = source.known_to(source.earlier(folders))
         found = cls(source, known, {}, "refused" if refused else "")
         told = {i: one.receipt(source.chunks[i]) for i, one in known.items()}
         told |= enumerate(state.files)

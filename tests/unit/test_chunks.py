@@ -11,10 +11,13 @@ import time
 import pytest
 
 from scripts.data import chunks, fast, tokenize
+from scripts.data.chunks import Task
 from scripts.data.documents import DocumentEncoder
 from scripts.data.shard import Shard
+from scripts.data.workers import Worker
 from scripts.lib import rows
 from scripts.lib.errors import DataError
+from scripts.lib.schema import Source
 from tests.unit.conftest import run
 
 SMALL = 400
@@ -385,3 +388,15 @@ def test_a_later_chunk_begins_with_what_the_first_one_settles():
             (0, fast.WHOLE),
             (2, fast.WHOLE),
         ]
+
+
+def test_a_process_goes_on_with_its_file_then_begins_one_then_helps(tmp_path):
+    """So that few find out what the first chunk of a file settles."""
+    whole, cut, other = (tmp_path / f"{name}.jsonl" for name in ("a", "b", "c"))
+    tasks = [
+        Task("x", Source(), chunks.Chunk(path.name, [path], 1, number))
+        for path, number in ((other, 1), (cut, 0), (whole, None), (cut, 1), (cut, 2))
+    ]
+    worker = Worker(None, None, file=[cut])
+    preferred = sorted(range(5), key=lambda i: (worker.prefers(tasks[i]), i))
+    assert preferred == [1, 3, 4, 2, 0]
