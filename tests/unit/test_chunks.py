@@ -254,6 +254,45 @@ def test_a_killed_run_goes_on_and_the_bytes_are_those_of_another(
     assert content(tmp_path / "out") == content(tmp_path / "other")
 
 
+WRONG = """
+from scripts.data import fast
+ids = fast.Encoder.fastokens
+fast.Encoder.fastokens = lambda self, texts: ids(self, [t.replace("99", "6") for t in texts])
+"""
+
+
+@pytest.mark.parametrize("cores", ["1", "3"])
+def test_a_fault_in_one_process_is_answered_for_all_of_a_file(
+    tmp_path, tokenizer_folder, cores
+):
+    """Whatever of this file and others was made by then, or waits."""
+    texts = [f"{i % 7} é" * 40 for i in range(2_000)]
+    for name in "abc":
+        end = line("§ 99") if name == "b" else b""
+        content = b"".join(map(line, texts)) + end
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    (tmp_path / "r.yaml").write_text("{}")
+    for out, program in (("right", PROGRAM), ("out", WRONG + PROGRAM)):
+        words = [sys.executable, "-c", program, f"--out={tmp_path / out}"]
+        words += [f"--data=a={tmp_path}/{name}.jsonl" for name in "abc"]
+        words += [f"--tokenizer={tokenizer_folder}", f"--recipe={tmp_path / 'r.yaml'}"]
+        done = subprocess.run(
+            words,
+            env={**os.environ, "OMP_NUM_THREADS": cores},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stderr.count("encodes the whole file") == 1
+    assert tokens(tmp_path / "out") == tokens(tmp_path / "right")
+    by = {(r["file"], r["encoder"]) for r in receipts(tmp_path / "out")}
+    assert by == {
+        ("a.jsonl", "fastokens"),
+        ("b.jsonl", "tokenizers"),
+        ("c.jsonl", "fastokens"),
+    }
+
+
 def of_line(number):
     """A file with what is not JSON at some lines."""
     lines = FILES["plain"].splitlines(keepends=True)
