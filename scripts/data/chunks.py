@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -259,21 +260,25 @@ def batches(
     """
     numbers: list[int] = []
     texts: list[str] = []
-    characters = looked_on = 0
-    for number, text in reader.numbered():
+    characters = 0
+    every = reader.numbered()
+    for number, text in every:
         if isinstance(text, rows.BadRow):
             bad.append((number, str(text)))
-        elif len(bad) <= source.max_bad_rows:
-            numbers.append(number)
-            texts.append(text)
-            characters += len(text)
-            if len(texts) == BATCH_DOCUMENTS or characters > BATCH_CHARACTERS:
-                yield numbers, texts
-                numbers, texts, characters = [], [], 0
-        if len(bad) > source.max_bad_rows:
-            looked_on += 1
-            enough = len(bad) >= source.max_bad_rows + rows.EXAMPLES
-            if enough or looked_on > rows.LOOK_ON_ROWS:
+            if len(bad) > source.max_bad_rows:
+                break
+            continue
+        numbers.append(number)
+        texts.append(text)
+        characters += len(text)
+        if characters > BATCH_CHARACTERS or len(texts) == BATCH_DOCUMENTS:
+            yield numbers, texts
+            numbers, texts, characters = [], [], 0
+    else:
+        if texts:
+            yield numbers, texts
+    for number, text in islice(every, rows.LOOK_ON_ROWS):
+        if isinstance(text, rows.BadRow):
+            bad.append((number, str(text)))
+            if len(bad) >= source.max_bad_rows + rows.EXAMPLES:
                 return
-    if texts:
-        yield numbers, texts

@@ -294,7 +294,7 @@ class RowReader(Generic[Taken]):
                 except fault as error:
                     if line and not line.isspace():
                         yield number, BadRow(_json_fault(line, error))
-                if not left:
+                if left <= 0:
                     break
 
     def _text(self, path: Path) -> Iterator[tuple[int, Any]]:
