@@ -1,9 +1,10 @@
-"""What is known of files that were tokenized, and how to take their tokens over.
+"""What is known of chunks that were tokenized, and how to take their tokens over.
 
 A folder of tokens has receipts.json, or one NAME.receipts.jsonl a source while it is
-made. A file's tokens depend on its content and on its source's `settings` alone, never
-on other files; so what an earlier folder holds of a file is copied where the receipts
-agree, and kept where the digest of the copy is the one that the receipt tells.
+made. A chunk's tokens depend on its content and on its source's `settings` alone, never
+on others; so what an earlier folder holds of a chunk is copied where the receipts
+agree, and kept where the digest of the copy is the one that the receipt tells. Only the
+library that made them is one for all chunks of a file.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from scripts.data.chunks import Chunk, Key, Receipt, key_of
 from scripts.data.shard import BLOCK, Array, Shard
 from scripts.lib.errors import DataError
 from scripts.lib.indexed import IndexedReader
-
-Receipt = dict[str, Any]
 
 RECEIPTS = "receipts.json"
 FINISHED = {"finished": True}
@@ -68,11 +68,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def same_file(a: Receipt, b: Receipt) -> bool:
-    """Whether two receipts are of one content, under one name."""
-    return (a["file"], a["digest"]) == (b["file"], b["digest"])
-
-
 class Earlier:
     """A source's tokens in an earlier folder, as far as they were made like this."""
 
@@ -80,31 +75,32 @@ class Earlier:
         self.folder, self.name = folder, name
         told = Told.of(folder, name)
         self.finished = told.finished
-        self._starts: dict[tuple[str, str], tuple[Receipt, int, int]] = {}
+        self._starts: dict[Key, tuple[Receipt, int, int]] = {}
         documents = tokens = 0
         for receipt in told.files if told.settings == settings else ():
-            key = receipt["file"], receipt["digest"]
-            self._starts[key] = receipt, documents, tokens
+            self._starts[key_of(receipt)] = receipt, documents, tokens
             documents += receipt["documents"]
             tokens += receipt["tokens"]
+        self._names = {(file, number) for file, number, _digest in self._starts}
 
-    @cached_property
-    def names(self) -> set[str]:
-        """The files it has, as they were."""
-        return {name for name, _digest in self._starts}
+    def names(self, chunk: Chunk) -> bool:
+        """Whether it has a chunk of that file and number, as it was then."""
+        return (chunk.file, chunk.number) in self._names
 
-    def find(self, file: Receipt) -> Receipt | None:
-        """The receipt of the same content under the same name, if there is one."""
-        return self._starts.get((file["file"], file["digest"]), (None,))[0]
+    def has(self, chunk: Chunk) -> bool:
+        """Whether it has the same content under the same name."""
+        return key_of(chunk.receipt) in self._starts
 
-    def copy(self, file: Receipt, shard: Shard) -> bool:
-        """Add a file's tokens to a shard; False where they are not what was written.
+    def receipt(self, chunk: Chunk) -> Receipt:
+        """The receipt of a chunk that it has."""
+        return self._starts[key_of(chunk.receipt)][0]
+
+    def copy(self, receipt: Receipt, shard: Shard) -> bool:
+        """Add a chunk's tokens to a shard; False where they are not what was written.
 
         The caller has the shard go back then.
         """
-        receipt, first_document, first_token = self._starts[
-            file["file"], file["digest"]
-        ]
+        _, first_document, first_token = self._starts[key_of(receipt)]
         tokens = self.folder / f"{self.name}{'.bin' if self.finished else '.bin.tmp'}"
         end = first_token + receipt["tokens"]
         try:
@@ -115,7 +111,7 @@ class Earlier:
         except (DataError, LookupError, ValueError):  # a damaged index tells anything
             return False
         shard.add(lengths[:0], lengths)
-        return shard.take_digest() == receipt["content"]
+        return bool(shard.take_digest() == receipt["content"])
 
     def _lengths(self, first: int, count: int) -> Array:
         if not self.finished:

@@ -1,4 +1,4 @@
-"""A Megatron bin/idx pair written file by file, which can go back to a file's start.
+"""A Megatron bin/idx pair written chunk by chunk, which can go back to a chunk's start.
 
 The bytes are those of `scripts.lib.indexed`, which describes the format. Lengths of
 documents wait in a file, so memory grows neither with tokens nor with documents.
@@ -7,49 +7,29 @@ documents wait in a file, so memory grows neither with tokens nor with documents
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from scripts.lib.indexed import CODES, HEAD, MAGIC, VERSION, token_dtype
 
-BLOCK = 1 << 20
+BLOCK, AT_ONCE = 1 << 20, 1 << 17
 
 Array = npt.NDArray[Any]
 
 
-class Shard:
-    """Writes PREFIX.bin and PREFIX.idx; neither name exists before `finish`.
+class Tokens:
+    """Documents' ids, written to one file, and their lengths, to another."""
 
-    `sizes` is a file for the documents' lengths. What PREFIX.bin.tmp and it hold of
-    an earlier run is kept as far as `go_back` is told, and dropped without.
-    """
-
-    def __init__(self, prefix: Path, sizes: Path, vocab_size: int) -> None:
-        self.prefix, self.sizes = prefix, sizes
+    def __init__(self, ids: BinaryIO, sizes: BinaryIO, vocab_size: int) -> None:
         self.dtype = token_dtype(vocab_size)
         self.num_documents = self.num_tokens = 0
-        self._bin = prefix.with_name(f"{prefix.name}.bin.tmp").open("ab")
-        self._sizes = sizes.open("ab")
-        self._digests = hashlib.blake2b(), hashlib.blake2b()
-
-    def holds(self, num_documents: int, num_tokens: int) -> bool:
-        """Whether the files are long enough to go on from there."""
-        return (
-            self._bin.tell() >= num_tokens * self.dtype.itemsize
-            and self._sizes.tell() >= num_documents * 4
-        )
-
-    def go_back(self, num_documents: int, num_tokens: int) -> None:
-        """Drop what came after this many documents and tokens."""
-        self.flush()
-        self._bin.truncate(num_tokens * self.dtype.itemsize)
-        self._sizes.truncate(num_documents * 4)
-        self.num_documents, self.num_tokens = num_documents, num_tokens
-        self._digests = hashlib.blake2b(), hashlib.blake2b()
+        self._bin, self._sizes = ids, sizes
+        self._digests = hashlib.sha256(), hashlib.sha256()
 
     def add(self, ids: Array, lengths: Array) -> None:
         """Append documents: their ids in a row, and how many are each one's."""
@@ -65,7 +45,7 @@ class Shard:
     def take_digest(self) -> str:
         """Digest of what was added since the last one was taken, or since `go_back`."""
         found = "".join(digest.hexdigest()[:32] for digest in self._digests)
-        self._digests = hashlib.blake2b(), hashlib.blake2b()
+        self._digests = hashlib.sha256(), hashlib.sha256()
         return found
 
     def flush(self) -> None:
@@ -77,6 +57,66 @@ class Shard:
         """Leave the files as they are."""
         self._bin.close()
         self._sizes.close()
+
+
+class Apart(Tokens):
+    """Tokens in PREFIX.ids and PREFIX.sizes, until a shard takes them.
+
+    Files that are there are written over, which costs half of writing new ones.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        ids, sizes = (open(p, "wb", opener=_as_it_is) for p in apart(prefix))
+        super().__init__(ids, sizes, vocab_size)
+
+
+def apart(prefix: Path) -> tuple[Path, Path]:
+    """The files of such tokens."""
+    return prefix.with_suffix(".ids"), prefix.with_suffix(".sizes")
+
+
+def _as_it_is(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+
+
+class Shard(Tokens):
+    """Writes PREFIX.bin and PREFIX.idx; neither name exists before `finish`.
+
+    `sizes` is a file for the documents' lengths. What PREFIX.bin.tmp and it hold of
+    an earlier run is kept as far as `go_back` is told, and dropped without.
+    """
+
+    def __init__(self, prefix: Path, sizes: Path, vocab_size: int) -> None:
+        self.prefix, self.sizes = prefix, sizes
+        tokens = prefix.with_name(f"{prefix.name}.bin.tmp")
+        super().__init__(tokens.open("ab"), sizes.open("ab"), vocab_size)
+
+    def holds(self, num_documents: int, num_tokens: int) -> bool:
+        """Whether the files are long enough to go on from there."""
+        return (
+            self._bin.tell() >= num_tokens * self.dtype.itemsize
+            and self._sizes.tell() >= num_documents * 4
+        )
+
+    def go_back(self, num_documents: int, num_tokens: int) -> None:
+        """Drop what came after this many documents and tokens."""
+        self.flush()
+        self._bin.truncate(num_tokens * self.dtype.itemsize)
+        self._sizes.truncate(num_documents * 4)
+        self.num_documents, self.num_tokens = num_documents, num_tokens
+        self._digests = hashlib.sha256(), hashlib.sha256()
+
+    def append(self, prefix: Path, num_documents: int, num_tokens: int) -> None:
+        """Append what was written apart."""
+        counts = num_tokens * self.dtype.itemsize, num_documents * 4
+        files = self._bin, self._sizes
+        for path, file, left in zip(apart(prefix), files, counts, strict=True):
+            with path.open("rb", buffering=0) as content:
+                while block := content.read(min(left, AT_ONCE)):
+                    file.write(block)
+                    left -= len(block)
+        self.num_documents += num_documents
+        self.num_tokens += num_tokens
 
     def finish(self) -> None:
         """Write the index and give both files their names, the index last."""

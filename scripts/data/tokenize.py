@@ -4,8 +4,8 @@ Reads   --tokenizer  Hugging Face tokenizer folder
         --data       NAME=PATH, repeated: rows with `text`
         --recipe     YAML of one `tokenize:` node
         --earlier    folder, repeated: an --out of before, whole or not. What it has of
-                     a file that is unchanged is copied; the bytes are as without it
-        --share      2/8: make but the second of eight parts of the files, about alike
+                     a chunk that is unchanged is copied; the bytes are as without it
+        --share      2/8: make but the second of eight parts of the chunks, about alike
                      in bytes, without those that --earlier has; no blend. All shares
                      as --earlier of a run without it leave that to copy alone
 Writes  --out        NAME.bin, NAME.idx  tokens: uint16, or int32 for large
@@ -14,21 +14,25 @@ Writes  --out        NAME.bin, NAME.idx  tokens: uint16, or int32 for large
                                          tokens, bad_rows), tokenizer_vocab_size,
                                          eod_id
                      receipts.json       of each source: the settings its tokens depend
-                                         on; of each file: digest, documents, tokens,
-                                         bytes written and their digest, the library
-                                         that encoded it, documents checked
+                                         on; of each file, or `chunk` of a file that is
+                                         cut, counted from 0: SHA-256 of its bytes,
+                                         documents, tokens, bytes written and their
+                                         digest, the library that encoded it and, where
+                                         it is not fastokens, why; documents checked, by
+                                         the run that encoded it
 Raises  DataError for bad rows, for no token at all, for a folder that is no
         tokenizer's, for special tokens in documents where they are refused
-Resumes file by file: a source whose receipts in --out tell of the same files and
-        which is whole is kept, and one half done goes on at the file it was at
+Resumes chunk by chunk: a source whose receipts in --out tell of the same content and
+        which is whole is kept, and one half done goes on at the chunk it was at
 
-The ids are those of Megatron's preprocess_data.py: special-token text in a document
-becomes the special token unless the recipe says otherwise, what the tokenizer adds by
-itself (BOS) is kept, and a document without a token is a document entry with no
-sequence and no EOD. fastokens makes them, checked against Hugging Face's tokenizers
-(`scripts.data.fast`), which encode a whole file where one document differs.
-OMP_NUM_THREADS processes encode, one a core by default; the bytes do not depend on
-their number.
+A chunk is a file, or 16 MB of a plain one of lines (`scripts.data.chunks`). The ids are
+those of Megatron's preprocess_data.py: special-token text in a document becomes the
+special token unless the recipe says otherwise, what the tokenizer adds by itself (BOS)
+is kept, and a document without a token is a document entry with no sequence and no EOD.
+fastokens makes them, checked against Hugging Face's tokenizers (`scripts.data.fast`),
+which encode all chunks of a file where one document of it differs. OMP_NUM_THREADS
+processes make chunks, one a core by default; bytes and receipts do not depend on their
+number.
 
     python -m scripts.data.tokenize --tokenizer T --data corpus=corpus.jsonl \
         --recipe R --out work/try
@@ -36,51 +40,52 @@ their number.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
+from shutil import rmtree
 from typing import Any
 
-from scripts.data.documents import DocumentEncoder, Encoded, Workers
-from scripts.data.fast import Checks, Part, num_cores
-from scripts.data.receipts import (
-    FINISHED,
-    RECEIPTS,
-    Earlier,
+from scripts.data import share
+from scripts.data.chunks import (
+    FASTOKENS,
+    HUGGING_FACE,
+    Chunk,
+    ChunkEncoder,
+    LineNumbers,
+    Made,
     Receipt,
-    Told,
-    journal,
-    same_file,
-    sizes,
+    Task,
+    chunks_of,
+    digest,
+    key_of,
+    take_digests,
 )
+from scripts.data.documents import DocumentEncoder
+from scripts.data.fast import num_cores, use_threads
+from scripts.data.receipts import FINISHED, RECEIPTS, Earlier, Told, journal, sizes
 from scripts.data.shard import Shard
-from scripts.data.share import Named, parsed, share_of
 from scripts.lib import cli, rows
 from scripts.lib.errors import DataError
 from scripts.lib.indexed import IndexedReader
 from scripts.lib.progress import Progress
 from scripts.lib.schema import Source, TokenizeRecipe
 
-BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 1_000_000
 BYTES_OF_A_WORKER = 4_000_000
 """Less than this is encoded sooner than another process starts."""
 NAMED = 5
-FASTOKENS, HUGGING_FACE = "fastokens", "tokenizers"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Tokenize every source that is not whole yet, then write the blend."""
     flags = cli.rows_parser(__doc__)
     flags.add_argument("--earlier", action="append", default=[], type=Path)
-    flags.add_argument("--share", type=parsed, metavar="I/N")
+    flags.add_argument("--share", type=share.parsed, metavar="I/N")
     args = cli.parse(flags, argv)
     recipe = cli.load_recipe(args.recipe, TokenizeRecipe)
     encoder = DocumentEncoder(args.tokenizer, recipe)
@@ -91,20 +96,19 @@ def main(argv: list[str] | None = None) -> int:
         )
     settings = settings_of(recipe, args.tokenizer)
     named = rows.named_sources(recipe.sources, cli.named_paths(args.data))
+    sources = [SourceChunks.of(*one, settings) for one in named]
     if args.share:
-        sources = shared(named, args.share, settings, args.earlier)
-    else:
-        sources = [SourceFiles.of(*one, settings) for one in named]
+        sources = shared(sources, args.share, args.earlier)
     progress = Progress(args.work)
     blend, receipts = [], {}
-    with Workers(encoder, args.tokenizer, recipe, num_workers(sources)) as workers:
+    with closing(Encoders(encoder, args.tokenizer, recipe, sources)) as encoders:
         for source in sources:
             state = State(args.out, source)
             if not state.is_whole():
                 earlier = [] if args.share else args.earlier
-                write(source, workers, state, earlier, progress)
-            if not state.documents and not args.share:
-                raise DataError(f"dataset `{source.name}`", "holds no usable row")
+                write(source, encoders, state, earlier, progress)
+            if not args.share:
+                state.check()
             receipts[source.name] = {"settings": source.settings, "files": state.files}
             blend.append(
                 {
@@ -156,140 +160,140 @@ def settings_with(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
     return settings | of_source
 
 
-class Content:
-    """What a unit holds, by its name and digest.
-
-    The digest is taken where it is asked for, or by a thread from `begin` on, while
-    others encode.
-    """
-
-    def __init__(self, name: str, take: Callable[[], str]) -> None:
-        self.name, self.take = name, take
-        self._digest: Future[str] | None = None
-
-    def begin(self) -> None:
-        """Have the digest by the time that it is asked for."""
-        if self._digest is None:
-            self._digest = Future()
-            Thread(target=self._fulfil, args=(self._digest,), daemon=True).start()
-
-    def _fulfil(self, digest: Future[str]) -> None:
-        try:
-            digest.set_result(self.take())
-        except BaseException as error:  # for the one who asks
-            digest.set_exception(error)
-
-    @property
-    def receipt(self) -> Receipt:
-        """What is known of the unit before it is read."""
-        if self._digest is None:
-            self._digest = Future()
-            self._fulfil(self._digest)
-        return {"file": self.name, "digest": self._digest.result()}
-
-    def known_to(self, earlier: Earlier) -> Receipt | None:
-        """The receipt that an earlier folder has of the same content, if it does."""
-        return earlier.find(self.receipt) if self.name in earlier.names else None
-
-
 @dataclass(frozen=True)
-class SourceFiles:
-    """A source, and the units it is read in: one a file, or a whole hub dataset."""
+class SourceChunks:
+    """A source, and the chunks it is made in, in reading order."""
 
     name: str
     source: Source
-    files: list[Path]
-    units: list[list[Path]]
     settings: dict[str, Any]
-    contents: list[Content]
+    chunks: list[Chunk]
 
     @classmethod
     def of(
         cls, name: str, source: Source, paths: list[Path], settings: dict[str, Any]
-    ) -> SourceFiles:
+    ) -> SourceChunks:
         files = rows.files_of(name, source, paths)
-        settings = settings_with(source, settings)
-        contents = [Content(path.name, partial(digest, path)) for path in files]
-        if not source.hf:
-            units = [[path] for path in files]
-            return cls(name, source, files, units, settings, contents)
+        chunks = chunks_of(source, paths, files)
+        return cls(name, source, settings_with(source, settings), chunks)
 
-        def of_all() -> str:
-            if source.revision:
-                return source.revision
-            found = json.dumps([one.receipt for one in contents])
-            return hashlib.blake2b(found.encode()).hexdigest()
+    def earlier(self, folders: list[Path]) -> list[Earlier]:
+        """What these folders have of the source."""
+        return [Earlier(folder, self.name, self.settings) for folder in folders]
 
-        whole = [Content(source.hf, of_all)]
-        return cls(name, source, files, [paths], settings, whole)
-
-    def without(self, earlier: list[Earlier]) -> SourceFiles:
-        """The same without the units that were done before."""
-        left = [
-            (unit, content)
-            for unit, content in zip(self.units, self.contents, strict=True)
-            if not any(content.known_to(one) for one in earlier)
+    def known_to(self, ones: list[Earlier]) -> dict[int, Earlier]:
+        """The first of them that has a chunk as it is now, by the chunk's index."""
+        told = [
+            i for i, c in enumerate(self.chunks) if any(one.names(c) for one in ones)
         ]
-        units, contents = [u for u, _ in left], [c for _, c in left]
-        files = [path for unit in units for path in unit]
-        if self.source.hf and units:
-            files = self.files
-        return replace(self, files=files, units=units, contents=contents)
+        take_digests([self.chunks[i] for i in told])
+        having = {i: [one for one in ones if one.has(self.chunks[i])] for i in told}
+        return {i: ones[0] for i, ones in having.items() if ones}
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Of each chunk, the index of the first one of its file."""
+        found: list[int] = []
+        for i, chunk in enumerate(self.chunks):
+            same = i > 0 and chunk.follows(self.chunks[i - 1])
+            found.append(found[-1] if same else i)
+        return found
 
 
 def shared(
-    named: list[Named],
-    share: tuple[int, int],
-    settings: dict[str, Any],
-    folders: list[Path],
-) -> list[SourceFiles]:
-    """What one of several jobs has to do. It reads no other job's files."""
-    earlier = {
-        name: [Earlier(f, name, settings_with(source, settings)) for f in folders]
-        for name, source, _paths in named
-    }
-    known = {
-        (name, file) for name, ones in earlier.items() for e in ones for file in e.names
-    }
-    mine = [SourceFiles.of(*one, settings) for one in share_of(named, share, known)]
-    left = [source.without(earlier[source.name]) for source in mine]
-    todo, total = (sum(len(one.units) for one in ones) for ones in (left, mine))
-    say(f"share {share[0]} of {share[1]}: {todo} of {total} files are new")
-    return [source for source in left if source.units]
+    sources: list[SourceChunks], number: tuple[int, int], folders: list[Path]
+) -> list[SourceChunks]:
+    """What one of several jobs has to do. It reads no other job's chunks."""
+    earlier = [source.earlier(folders) for source in sources]
+    every = [(i, chunk) for i, source in enumerate(sources) for chunk in source.chunks]
+    mine = share.share_of(
+        [chunk.num_bytes for _, chunk in every],
+        [any(one.names(chunk) for one in earlier[i]) for i, chunk in every],
+        number,
+    )
+    found, todo = [], 0
+    for i, source in enumerate(sources):
+        part = replace(source, chunks=[every[j][1] for j in mine if every[j][0] == i])
+        known = part.known_to(earlier[i])
+        left = [chunk for j, chunk in enumerate(part.chunks) if j not in known]
+        todo += len(left)
+        found.append(replace(source, chunks=left))
+    say(f"share {number[0]} of {number[1]}: {todo} of {len(mine)} chunks are new")
+    return [source for source in found if source.chunks]
 
 
-def num_workers(sources: list[SourceFiles]) -> int:
-    """Processes that encode: one a core that the node has, fewer for little data."""
-    cores = num_cores()
-    if any(source.source.hf and not source.files for source in sources):
-        return cores
-    num_bytes = sum(source.num_bytes for source in sources)
-    return max(1, min(cores, num_bytes // BYTES_OF_A_WORKER))
+class Encoders:
+    """What makes chunks: this process, or one a core that the node has, where it pays.
+
+    They start as they are needed.
+    """
+
+    def __init__(
+        self,
+        encoder: DocumentEncoder,
+        tokenizer: Path,
+        recipe: TokenizeRecipe,
+        sources: list[SourceChunks],
+    ) -> None:
+        self.encoder, self._args = encoder, (encoder, tokenizer, recipe)
+        chunks = [chunk for source in sources for chunk in source.chunks]
+        num_bytes = sum(chunk.num_bytes for chunk in chunks)
+        self.num = min(num_cores(), len(chunks), num_bytes // BYTES_OF_A_WORKER)
+        self._workers: Any = None
+        self._here = ChunkEncoder(encoder)
+        use_threads(1)  # the cores are the processes'
+
+    def make(self, tasks: list[Task], shard: Shard) -> Generator[Made]:
+        """What came of each task, in order; its tokens are in the shard."""
+        if self.num < 2:
+            for task in tasks:
+                yield self._here.make(task, shard)
+            return
+        if tasks and self._workers is None:
+            from scripts.data.workers import Workers
+
+            self._workers = Workers(*self._args, self.num)
+        if not tasks:
+            return
+        for made in self._workers.make(tasks, apart(shard)):
+            if made.receipt:
+                shard.append(
+                    made.tokens, made.receipt["documents"], made.receipt["tokens"]
+                )
+            yield made
+
+    def close(self) -> None:
+        """End what was started."""
+        if self._workers:
+            self._workers.close()
+
+
+def apart(shard: Shard) -> Path:
+    """Where chunks wait for those before them."""
+    return shard.prefix.with_name(f"{shard.prefix.name}.chunks.tmp")
 
 
 class State:
-    """Receipts of a source's units that are done, for a later run to go on from.
+    """Receipts of a source's chunks that are done, for a later run to go on from.
 
     A line each in a file: first the settings, after a whole source FINISHED.
     """
 
-    def __init__(self, folder: Path, source: SourceFiles) -> None:
+    def __init__(self, folder: Path, source: SourceChunks) -> None:
         self.folder, self.source = folder, source
         self.path = journal(folder, source.name)
         self.files: list[Receipt] = []
         self.documents = self.tokens = self.bad_rows = 0
         told = Told.of(folder, source.name)
         self.finished = told.finished
-        if (
-            told.settings == source.settings
-            and len(told.files) <= len(source.contents)
-            and all(map(same_file, told.files, (c.receipt for c in source.contents)))
-        ):
-            self._count(told.files)
+        chunks = source.chunks[: len(told.files)]
+        if told.settings == source.settings and len(told.files) == len(chunks):
+            take_digests(chunks)
+            if all(
+                key_of(receipt) == key_of(chunk.receipt)
+                for receipt, chunk in zip(told.files, chunks, strict=True)
+            ):
+                self._count(told.files)
 
     def _count(self, receipts: list[Receipt]) -> None:
         self.files += receipts
@@ -297,10 +301,15 @@ class State:
         self.tokens += sum(receipt["tokens"] for receipt in receipts)
         self.bad_rows += sum(receipt["bad_rows"] for receipt in receipts)
 
+    @property
+    def too_bad(self) -> bool:
+        """Whether more rows are bad than are allowed."""
+        return self.bad_rows > self.source.source.max_bad_rows
+
     def is_whole(self) -> bool:
         """Whether an earlier run finished bin and idx, and they are undamaged."""
-        done = self.finished and len(self.files) == len(self.source.contents)
-        if not done or self.bad_rows > self.source.source.max_bad_rows:
+        done = self.finished and len(self.files) == len(self.source.chunks)
+        if not done or self.too_bad:
             return False
         try:
             reader = IndexedReader(self.folder / self.source.name)
@@ -308,21 +317,42 @@ class State:
             return False
         return len(reader.tokens) == self.tokens
 
+    def check(self) -> None:
+        """Raise DataError for a source, or a file that was cut, without a row."""
+        if not self.documents:
+            raise DataError(f"dataset `{self.source.name}`", "holds no usable row")
+        some = {
+            receipt["file"]
+            for receipt in self.files
+            if receipt["documents"] or receipt["bad_rows"]
+        }
+        for chunk in self.source.chunks:
+            if chunk.number and chunk.file not in some:
+                raise rows.no_rows(chunk.paths[0])
+
     def begin(self, shard: Shard) -> None:
-        """Write the file anew, with the units done that the shard holds, if any."""
-        too_many = self.bad_rows > self.source.source.max_bad_rows
+        """Write the file anew, with the chunks done that the shard holds, if any."""
         holds = shard.holds(self.documents, self.tokens)
-        if self.finished or too_many or not holds:
-            self.files.clear()
-            self.documents = self.tokens = self.bad_rows = 0
+        if self.finished or self.too_bad or not holds:
+            self.go_back(0)
         self.finished = False
+        self._write()
+
+    def go_back(self, num_chunks: int) -> None:
+        """Forget chunks after the first ones."""
+        kept = self.files[:num_chunks]
+        self.files, self.documents, self.tokens, self.bad_rows = [], 0, 0, 0
+        self._count(kept)
+        self._write()
+
+    def _write(self) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
         lines = [self.source.settings, *self.files]
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.replace(self.path)
 
     def add(self, receipt: Receipt) -> None:
-        """Record one more unit."""
+        """Record one more chunk."""
         self._append(receipt)
         self._count([receipt])
 
@@ -336,189 +366,161 @@ class State:
             file.write(json.dumps(line) + "\n")
 
 
-@dataclass
-class Batch:
-    """Where a batch is from; the last one of a unit tells of its bad rows."""
-
-    unit: int
-    bytes_read: int
-    num_checked: int = 0
-    bad_rows: int | None = None
-    wheres: list[str] = field(default_factory=list)
-    earlier: Earlier | None = None
-
-
 @dataclass(frozen=True)
 class Ways:
-    """Units that are copied, and why some are left to Hugging Face's tokenizer."""
+    """Chunks that are copied, and why some files are left to Hugging Face's tokenizer.
 
+    A file that was cut is, as any, made in one way: by `because` its first chunk is
+    meant.
+    """
+
+    source: SourceChunks
     earlier: dict[int, Earlier]
     because: dict[int, str]
+    usual: str = ""
 
     @classmethod
-    def of(cls, source: SourceFiles, folders: list[Path], refused: bool) -> Ways:
-        units = range(len(source.units))
-        found: dict[int, Earlier] = {}
-        for folder in folders:
-            earlier = Earlier(folder, source.name, source.settings)
-            here = [u for u in units if source.contents[u].known_to(earlier)]
-            found = dict.fromkeys(here, earlier) | found
-        return cls(found, dict.fromkeys(units, "refused") if refused else {})
+    def of(
+        cls, source: SourceChunks, folders: list[Path], state: State, refused: bool
+    ) -> Ways:
+        known = source.known_to(source.earlier(folders))
+        found = cls(source, known, {}, "refused" if refused else "")
+        told = {i: one.receipt(source.chunks[i]) for i, one in known.items()}
+        told |= enumerate(state.files)
+        of_files: dict[int, list[int]] = {}
+        for i, first in enumerate(source.firsts):
+            of_files.setdefault(first, []).append(i)
+        for first, file in of_files.items():
+            ways = {told[i].get("because", "") for i in file if i in told}
+            if ways <= {found.usual}:
+                continue
+            if len(ways) > 1 or not told.keys() >= {*file}:
+                found.forget(first)
+            if first < len(state.files) or first in known:
+                found.because[first] = told[first].get("because", "")
+        return found
+
+    def forget(self, first: int) -> None:
+        """Copy nothing of a file."""
+        for i in [i for i in self.earlier if self.source.firsts[i] == first]:
+            del self.earlier[i]
+
+    def why(self, index: int) -> str:
+        """Why a chunk is not encoded by fastokens, if it is not."""
+        return self.because.get(self.source.firsts[index], self.usual)
 
 
 def write(
-    source: SourceFiles,
-    workers: Workers,
+    source: SourceChunks,
+    encoders: Encoders,
     state: State,
     folders: list[Path],
     progress: Progress,
 ) -> None:
-    """One source's bin and idx, from the unit where an earlier run stopped."""
-    encoder = workers.encoder
-    ways = Ways.of(source, folders, bool(encoder.refusal))
+    """One source's bin and idx, from the chunk where an earlier run stopped."""
+    encoder = encoders.encoder
     lengths = sizes(state.folder, source.name)
     shard = Shard(state.folder / source.name, lengths, encoder.vocab_size)
     try:
         state.begin(shard)
-        while len(state.files) < len(source.units):
+        ways = Ways.of(source, folders, state, bool(encoder.refusal))
+        shard.go_back(state.documents, state.tokens)
+        while len(state.files) < len(source.chunks):
+            write_chunks(source, encoders, state, shard, ways, progress)
             shard.go_back(state.documents, state.tokens)
-            if fault := write_units(source, workers, state, shard, ways, progress):
-                unit = len(state.files)
-                if ways.earlier.pop(unit, None):
-                    answer = "it is encoded again"
-                else:
-                    ways.because[unit] = fault
-                    answer = "Hugging Face's tokenizer encodes the whole file"
-                say(f"{source.contents[unit].name}: {fault}; {answer}")
         shard.finish()
     finally:
         shard.close()
+        rmtree(apart(shard), ignore_errors=True)
     state.finish()
     if ways.earlier:
-        num, total = len(ways.earlier), len(source.units)
-        say(f"{source.name}: {num} of {total} files as before, their tokens copied")
+        num, total = len(ways.earlier), len(source.chunks)
+        say(f"{source.name}: {num} of {total} chunks as before, their tokens copied")
 
 
-def write_units(
-    source: SourceFiles,
-    workers: Workers,
+def write_chunks(
+    source: SourceChunks,
+    encoders: Encoders,
     state: State,
     shard: Shard,
     ways: Ways,
     progress: Progress,
-) -> str:
-    """Write units until all are done or one's ids are wrong; tell what was wrong."""
-    num_checked, total = 0, max(1, source.num_bytes)
-    for batch, encoded in workers.encode(batches(source, state, ways)):
-        content = source.contents[batch.unit]
-        if encoded.fault:
-            return encoded.fault
-        if encoded.refused:
-            raise refusal(source, batch, encoded)
-        if batch.earlier and not batch.earlier.copy(content.receipt, shard):
-            return "its tokens of before are damaged"
-        shard.add(encoded.ids, encoded.lengths)
-        num_checked += batch.num_checked
-        if batch.earlier:
-            shard.flush()
-            state.add(batch.earlier.find(content.receipt) or content.receipt)
-        elif batch.bad_rows is not None:
-            shard.flush()
-            because = ways.because.get(batch.unit)
-            tokens = shard.num_tokens - state.tokens
-            state.add(
-                {
-                    **content.receipt,
-                    "documents": shard.num_documents - state.documents,
-                    "tokens": tokens,
-                    "bytes": tokens * shard.dtype.itemsize,
-                    "content": shard.take_digest(),
-                    "bad_rows": batch.bad_rows,
-                    "encoder": HUGGING_FACE if because else FASTOKENS,
-                    "checked": num_checked,
-                    **({"because": because} if because else {}),
-                }
-            )
-            num_checked = 0
-        done = len(state.files) == len(source.units)
-        progress.report(
-            total if done else batch.bytes_read,
-            total if done else max(total, batch.bytes_read) + 1,
-            documents=shard.num_documents,
-            tokens=shard.num_tokens,
-        )
-    return ""
-
-
-def refusal(source: SourceFiles, batch: Batch, encoded: Encoded) -> DataError:
-    """The error that tells of special tokens in documents."""
-    found = [f"{batch.wheres[i]}: {token}" for i, token in encoded.refused[:NAMED]]
-    return DataError(
-        f"dataset `{source.name}`",
-        "documents hold the text of special tokens:\n  " + "\n  ".join(found),
-        "take it out; or `special_tokens: escape` encodes it as ordinary text, `keep` "
-        "as the special token",
-    )
-
-
-def batches(
-    source: SourceFiles, state: State, ways: Ways
-) -> Iterator[tuple[Batch, list[str], list[Part] | None]]:
-    """Texts of the units to be done, in order, and which of them are encoded twice."""
-    num_bad = state.bad_rows
-    column = source.source.column or "text"
+) -> None:
+    """Write chunks until all are done, or some have to be done in another way."""
     first = len(state.files)
-    bytes_before = sum(path.stat().st_size for (path,) in source.units[:first])
+    todo = range(first, len(source.chunks))
+    tasks = [
+        Task(source.name, source.source, source.chunks[i], ways.why(i))
+        for i in todo
+        if i not in ways.earlier
+    ]
+    lines = LineNumbers()
+    total = max(1, sum(chunk.num_bytes for chunk in source.chunks))
+    step = sum(chunk.num_bytes for chunk in source.chunks[:first])
+    with closing(encoders.make(tasks, shard)) as all_made:
+        for i in todo:
+            chunk = source.chunks[i]
+            if earlier := ways.earlier.get(i):
+                receipt = earlier.receipt(chunk)
+                too_bad = state.bad_rows + receipt["bad_rows"]
+                if too_bad > source.source.max_bad_rows:
+                    del ways.earlier[i]  # so that the rows are named
+                    return
+                if not earlier.copy(receipt, shard):
+                    del ways.earlier[i]
+                    say(f"{chunk.file}: {DAMAGED}")
+                    return
+            else:
+                made = next(all_made)
+                if made.fault:
+                    state.go_back(source.firsts[i])
+                    ways.because[source.firsts[i]] = made.fault
+                    ways.forget(source.firsts[i])
+                    say(f"{chunk.file}: {made.fault}; {ANSWER}")
+                    return
+                tell(source, state, chunk, made, lines)
+                receipt = made.receipt
+            shard.flush()
+            state.add(receipt)
+            step += chunk.num_bytes
+            done = len(state.files) == len(source.chunks)
+            progress.report(
+                total if done else step,
+                total if done else max(total, step) + 1,
+                documents=shard.num_documents,
+                tokens=shard.num_tokens,
+            )
 
-    for unit, paths in enumerate(source.units[first:], first):
-        earlier = ways.earlier.get(unit)
-        content = source.contents[unit]
-        receipt = earlier and earlier.find(content.receipt)
-        if receipt and num_bad + receipt["bad_rows"] <= source.source.max_bad_rows:
-            num_bad += receipt["bad_rows"]
-            bytes_before += sum(path.stat().st_size for path in paths)
-            yield Batch(unit, bytes_before, earlier=earlier), [], None
-            continue
-        reader = rows.read_rows(
-            source.name, source.source, paths, lambda row: rows.field(row, column)
+
+DAMAGED = "its tokens of before are damaged; it is encoded again"
+ANSWER = "Hugging Face's tokenizer encodes the whole file"
+
+
+def tell(
+    source: SourceChunks, state: State, chunk: Chunk, made: Made, lines: LineNumbers
+) -> None:
+    """Say which rows were left out. Raises DataError for too many, or refused ones."""
+    allowed = source.source.max_bad_rows - state.bad_rows
+    if not made.bad and not made.refused:
+        return
+    before = lines.before(chunk)
+
+    def where(number: int) -> str:
+        return rows.place_of(made.place, before + number if number else 0)
+
+    bad = [f"{where(number)}: {what}" for number, what in made.bad]
+    for what in bad[:allowed]:
+        rows.tell_bad_row(what)
+    if len(bad) > allowed:
+        raise rows.too_many_bad_rows(source.name, source.source, bad)
+    if made.refused:
+        found = [f"{where(number)}: {token}" for number, token in made.refused[:NAMED]]
+        raise DataError(
+            f"dataset `{source.name}`",
+            "documents hold the text of special tokens:\n  " + "\n  ".join(found),
+            "take it out; or `special_tokens: escape` encodes it as ordinary text, "
+            "`keep` as the special token",
         )
-        reader.num_bad = num_bad
-        reader.num_rows = 1  # that none is usable is an error of a whole source only
-        checks = None if unit in ways.because else Checks()
-        for group in groups(reader):
-            texts = [text for text, _where in group]
-            batch = Batch(unit, bytes_before + reader.bytes_read)
-            batch.wheres = [where for _text, where in group]
-            check = checks.choose(texts) if checks else None
-            batch.num_checked = len({i for i, _part in check or ()})
-            yield batch, texts, check
-            content.begin()  # not before the workers are there: they are forked
-        read = bytes_before + reader.bytes_read
-        yield Batch(unit, read, bad_rows=reader.num_bad - num_bad), [], None
-        num_bad = reader.num_bad
-        bytes_before += reader.bytes_total
-
-
-def groups(
-    texts: Iterable[tuple[str, str]],
-) -> Iterator[list[tuple[str, str]]]:
-    """Texts in groups small enough to hold and large enough to keep cores busy."""
-    group: list[tuple[str, str]] = []
-    characters = 0
-    for text in texts:
-        group.append(text)
-        characters += len(text[0])
-        if len(group) == BATCH_DOCUMENTS or characters > BATCH_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def digest(path: Path) -> str:
-    """A file's content as a hexadecimal digest."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def say(what: str) -> None:
@@ -534,4 +536,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, at_once=True)

@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: where, what, and the way out."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake in a config, a file or the machine; shown without a traceback.
@@ -11,6 +13,10 @@ class UserError(Exception):
     def __init__(self, where: str, what: str, hint: str = "") -> None:
         self.where, self.what, self.hint = where, what, hint
         super().__init__(f"{where}: {what}" + (f"\n\nhint: {hint}" if hint else ""))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        """For one that another process raised."""
+        return type(self), (self.where, self.what, self.hint)
 
 
 class RecipeError(UserError):

@@ -22,6 +22,7 @@ from scripts.lib.load import (
     load_config,
     nearest,
 )
+from scripts.lib.rows import can_be_cut
 from scripts.lib.schema import (
     HUB_NAME,
     PARALLEL,
@@ -119,12 +120,17 @@ class Node:
         return f"{self.whole}-{self.share}" if self.share else self.whole
 
     def shards(self) -> list[Node]:
-        """The jobs that share its files, before its own: none where one job does it."""
-        if not STAGES[self.stage].by_file or self.placement.get("jobs", 1) < 2:
+        """The jobs that share its files, before its own: none where one job does it.
+
+        A plain file of lines is cut between them, as large as it may be by then.
+        """
+        if not STAGES[self.stage].by_file:
             return []
-        named = [v.partition("=")[0] for flag, v in self.flags if flag == "--data"]
-        on_hub = set(self.recipe.get("sources", ())) - set(named)
-        num = min(self.placement["jobs"], len(named) + len(on_hub))
+        named = [v.partition("=") for flag, v in self.flags if flag == "--data"]
+        on_hub = set(self.recipe.get("sources", ())) - {name for name, _, _ in named}
+        num = self.placement.get("jobs", 1)
+        if not any(can_be_cut(Path(path)) for _, _, path in named):
+            num = min(num, len(named) + len(on_hub))
         several = range(1, num + 1) if num > 1 else ()
         return [replace(self, share=f"{i}of{num}") for i in several]
 

@@ -15,11 +15,13 @@ skipped. Memory does not grow with a file's size, but for one row or one .txt.
 from __future__ import annotations
 
 import io
+import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.schema import HUB_NAME, Source
@@ -33,6 +35,7 @@ IN_FOLDERS = (".jsonl", ".parquet", ".txt")
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 READABLE = ".jsonl, .json or .txt (plain, .gz or .zst), or .parquet"
 
+BLOCK = 1 << 18
 EXAMPLES = 5
 LOOK_ON_ROWS = 10_000
 KINDS: dict[type, str] = {str: "a string", list: "a list"}
@@ -116,18 +119,57 @@ def local_folder(source: Source, paths: list[Path]) -> Path | None:
     return None
 
 
+def can_be_cut(path: Path) -> bool:
+    """Whether a file is plain lines, of which some can be read without the others."""
+    return FORMATS.get(path.suffix) == LINES
+
+
+def lines_from(path: Path, start: int, stop: int) -> range:
+    """The bytes of the lines that begin at `start` or later, but before `stop`.
+
+    Raises DataError where the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                return range(0)
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+
+                def line_from(at: int) -> int:
+                    before = content.find(b"\n", at - 1) if at else -1
+                    return before + 1 if before >= 0 or not at else size
+
+                return range(line_from(start), line_from(min(stop, size)))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def num_lines(path: Path, start: int, stop: int) -> int:
+    """Line ends among these bytes of a file."""
+    found = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(min(stop - start, BLOCK)):
+            start += len(block)
+            found += block.count(b"\n")
+    return found
+
+
 def read_rows(
     name: str,
     source: Source,
     paths: list[Path],
     take: Callable[[Row], Taken],
+    lines: range | None = None,
 ) -> RowReader[Taken]:
     """Read a source; iterate the result for pairs `(take(row), "file:line")`.
 
     `take` picks from a row what the stage needs, and raises BadRow for a row it
-    cannot use. Raises DataError as the module says, while it is iterated.
+    cannot use. Raises DataError as the module says, while it is iterated. `lines`:
+    of the one file, the bytes of the lines that are wanted, as `lines_from` has them.
     """
-    return RowReader(name, source, paths, take)
+    return RowReader(name, source, paths, take, lines)
 
 
 class RowReader(Generic[Taken]):
@@ -139,8 +181,10 @@ class RowReader(Generic[Taken]):
         source: Source,
         paths: list[Path],
         take: Callable[[Row], Taken],
+        lines: range | None = None,
     ) -> None:
         self.name, self.source, self.paths, self.take = name, source, paths, take
+        self.lines, self.place = lines, ""
         self.num_rows = self.num_bad = 0
         self.files = files_of(name, source, paths)
         self.bytes_total = sum(path.stat().st_size for path in self.files)
@@ -153,28 +197,39 @@ class RowReader(Generic[Taken]):
         """Bytes of the files read so far, as they lie on disk; 0 for hub datasets."""
         return self._bytes_before + self._position()
 
+    def numbered(self) -> Iterator[tuple[int, Taken | BadRow]]:
+        """Each row's number in its file, from 1, and what was taken, or what is wrong.
+
+        `place` is the file that it is from, and a .txt its row 0. Of `lines`, the
+        first is number 1.
+        """
+        take = self.take
+        for number, row in self._rows():
+            try:
+                if not isinstance(row, dict):
+                    raise _no_object(row)
+                taken = take(row)
+            except BadRow as bad:
+                yield number, bad
+            else:
+                yield number, taken
+
     def __iter__(self) -> Iterator[tuple[Taken, str]]:
         looked_on = 0
-        for where, row in self._rows():
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                if not isinstance(row, dict):
-                    raise BadRow(f"is {type(row).__name__}, not an object")
-                taken = self.take(row)
-            except BadRow as bad:
-                self._leave_out(f"{where}: {bad}")
-            else:
-                if self.num_bad <= self.source.max_bad_rows:
-                    self.num_rows += 1
-                    yield taken, where
+        for number, taken in self.numbered():
+            where = place_of(self.place, number)
+            if isinstance(taken, BadRow):
+                self._leave_out(f"{where}: {taken}")
+            elif self.num_bad <= self.source.max_bad_rows:
+                self.num_rows += 1
+                yield taken, where
             if self.num_bad > self.source.max_bad_rows:
                 looked_on += 1
                 enough = self.num_bad >= self.source.max_bad_rows + EXAMPLES
                 if enough or looked_on > LOOK_ON_ROWS:
                     break
         if self.num_bad > self.source.max_bad_rows:
-            raise self._too_many()
+            raise too_many_bad_rows(self.name, self.source, self._examples)
         if not self.num_rows:
             raise DataError(f"dataset `{self.name}`", "holds no usable row")
 
@@ -183,36 +238,31 @@ class RowReader(Generic[Taken]):
         if len(self._examples) < EXAMPLES:
             self._examples.append(what)
         if self.num_bad <= self.source.max_bad_rows:
-            print(f"bad row left out: {what}", file=sys.stderr)
+            tell_bad_row(what)
 
-    def _too_many(self) -> DataError:
-        return DataError(
-            f"dataset `{self.name}`",
-            f"bad rows, more than the {self.source.max_bad_rows} allowed:\n  "
-            + "\n  ".join(self._examples),
-            "mend the rows, or allow them to be left out with "
-            f"`max_bad_rows` of data.{self.name}",
-        )
-
-    def _rows(self) -> Iterator[tuple[str, Any]]:
+    def _rows(self) -> Iterator[tuple[int, Any]]:
         if self.source.hf:
             yield from self._dataset()
             return
         readers = {LINES: self._lines, PARQUET: self._parquet, TEXT: self._text}
         for path in self.files:
-            found = 0
-            for found, item in enumerate(readers[_format(path)](path), 1):  # noqa: B007
-                yield item
-            if not found:
-                raise DataError(str(path), "holds no rows")
+            self.place = str(path)
+            items = readers[_format(path)](path)
+            for first in items:
+                yield first
+                yield from items
+                break
+            else:
+                if self.lines is None:
+                    raise no_rows(path)
             self._position = lambda: 0
             self._bytes_before += path.stat().st_size
 
     @contextmanager
-    def _open(self, path: Path) -> Iterator[io.BufferedReader]:
+    def _open(self, path: Path) -> Iterator[IO[bytes]]:
         """A file's bytes, unpacked; what cannot be read is a DataError."""
         try:
-            with path.open("rb") as raw:
+            with path.open("rb", BLOCK) as raw:
                 self._position = lambda: 0 if raw.closed else raw.tell()
                 if path.suffix in PACKED:
                     import pyarrow
@@ -224,28 +274,30 @@ class RowReader(Generic[Taken]):
                 else:
                     yield raw
         except OSError as error:
-            raise DataError(
-                str(path),
-                f"cannot be read to its end: {error}",
-                "if the file is cut short or damaged, copy it again",
-            ) from error
+            raise _unreadable(path, error) from error
 
-    def _lines(self, path: Path) -> Iterator[tuple[str, Any]]:
+    def _lines(self, path: Path) -> Iterator[tuple[int, Any]]:
         import orjson
 
+        loads, fault = orjson.loads, orjson.JSONDecodeError
         with self._open(path) as stream:
-            for number, line in enumerate(stream, 1):
-                if number == 1:
+            left = sys.maxsize
+            if self.lines is not None:
+                stream.seek(self.lines.start)
+                left = len(self.lines)
+            for number, line in enumerate(stream if left else (), 1):
+                left -= len(line)
+                if number == 1 and not (self.lines and self.lines.start):
                     line = _first_line(path, line)
-                if not line or line.isspace():
-                    continue
                 try:
-                    row = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    row = BadRow(_json_fault(line, error))
-                yield f"{path}:{number}", row
+                    yield number, loads(line)
+                except fault as error:
+                    if line and not line.isspace():
+                        yield number, BadRow(_json_fault(line, error))
+                if left <= 0:
+                    break
 
-    def _text(self, path: Path) -> Iterator[tuple[str, Any]]:
+    def _text(self, path: Path) -> Iterator[tuple[int, Any]]:
         with self._open(path) as stream:
             content = stream.read()
         try:
@@ -257,9 +309,9 @@ class RowReader(Generic[Taken]):
                 "convert it with `iconv -t utf-8`",
             ) from error
         if text:
-            yield str(path), {self.source.column or "text": text}
+            yield 0, {self.source.column or "text": text}
 
-    def _parquet(self, path: Path) -> Iterator[tuple[str, Any]]:
+    def _parquet(self, path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow
         from pyarrow import parquet
 
@@ -271,16 +323,16 @@ class RowReader(Generic[Taken]):
                 for batch in file.iter_batches(batch_size=256):
                     for row in _batch_rows(batch):
                         number += 1
-                        yield f"{path}:{number}", row
+                        yield number, row
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(str(path), f"cannot be read as parquet: {error}") from error
 
-    def _dataset(self) -> Iterator[tuple[str, Any]]:
+    def _dataset(self) -> Iterator[tuple[int, Any]]:
         """Rows of a Hugging Face dataset; code of its own is never run."""
         import datasets
 
         source, folder = self.source, local_folder(self.source, self.paths)
-        where = f"{folder or source.hf}[{source.split}]"
+        self.place = where = f"{folder or source.hf}[{source.split}]"
         if folder is None and source.revision is None:
             raise RecipeError(
                 f"data.{self.name}.revision",
@@ -300,8 +352,7 @@ class RowReader(Generic[Taken]):
                 rows = datasets.load_dataset(
                     str(folder), split=source.split, streaming=True
                 )
-            for number, row in enumerate(rows, 1):
-                yield f"{where}:{number}", row
+            yield from enumerate(rows, 1)
         except GeneratorExit:
             raise
         except Exception as error:
@@ -310,6 +361,45 @@ class RowReader(Generic[Taken]):
                 f"cannot be read: {type(error).__name__}: {error}",
                 "is the name, split and revision right, and the hub within reach?",
             ) from error
+
+
+def place_of(file: str, number: int) -> str:
+    """How a message names a row."""
+    return f"{file}:{number}" if number else file
+
+
+def tell_bad_row(what: str) -> None:
+    """Say that a row was left out, and why."""
+    print(f"bad row left out: {what}", file=sys.stderr)
+
+
+def no_rows(path: Path) -> DataError:
+    """The error that tells of a file with blank lines alone."""
+    return DataError(str(path), "holds no rows")
+
+
+def too_many_bad_rows(name: str, source: Source, some: list[str]) -> DataError:
+    """The error that names some of a source's bad rows."""
+    return DataError(
+        f"dataset `{name}`",
+        f"bad rows, more than the {source.max_bad_rows} allowed:\n  "
+        + "\n  ".join(some[:EXAMPLES]),
+        f"mend the rows, or allow them to be left out with `max_bad_rows` of data.{name}",
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        str(path),
+        f"cannot be read to its end: {error}",
+        "if the file is cut short or damaged, copy it again",
+    )
+
+
+def _no_object(row: Any) -> BadRow:
+    if isinstance(row, BadRow):
+        return row
+    return BadRow(f"is {type(row).__name__}, not an object")
 
 
 def _stem(path: Path) -> Path:

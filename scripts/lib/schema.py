@@ -711,8 +711,8 @@ class Placement(Strict):
     nodes: Positive = Field(1, description="Machines.")
     jobs: Positive = Field(
         1,
-        description="tokenize: jobs that share its files, each of these cpus and "
-        "minutes, before the node's own job puts their tokens together.",
+        description="tokenize: jobs that share its files, large ones by chunks, each of "
+        "these cpus and minutes, before the node's own job puts their tokens together.",
     )
     gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs a machine.")
     processes: Positive | None = Field(

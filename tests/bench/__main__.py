@@ -94,7 +94,13 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--anchor-python", default=sys.executable)
     flags.add_argument("--rounds", type=int, default=3)
     flags.add_argument("--mb", type=float, default=26, help="of documents")
-    flags.add_argument("--large-mb", type=float, default=200, help="on two cores")
+    flags.add_argument(
+        "--large-mb",
+        type=float,
+        nargs="+",
+        default=[200, 1000],
+        help="on two cores; the goal is for the last",
+    )
     flags.add_argument("--chats", type=int, default=5000)
     flags.add_argument("--gb", type=float, nargs="+", default=[1, 2, 4, 8])
     flags.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))

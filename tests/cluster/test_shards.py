@@ -35,7 +35,7 @@ def test_jobs_of_one_node_run_on_two_machines_and_outlive_a_controller(site: Sit
     assert sorted(submitted[-3:-1]) == SHARES and submitted[-1] == "tokenize/corpus"
     assert len(submitted) == 4, "and the tokenizer"
     log = (project.path / "logs/tokenize/corpus.log").read_text()
-    assert "4 of 4 files as before, their tokens copied" in log
+    assert "4 of 4 chunks as before, their tokens copied" in log
     assert project.planned("tokenize") == set()
 
 

@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 
-from scripts.data import tokenize
+from scripts.data import chunks, tokenize
 from scripts.data.documents import DocumentEncoder
 from scripts.data.share import parsed, share_of
 from scripts.lib.errors import DataError, RecipeError
-from scripts.lib.schema import Source
 from tests.unit.conftest import run
 
 FILES = {
@@ -40,7 +39,7 @@ def make(tmp_path, tokenizer_folder, monkeypatch):
         return encode(encoder, texts, check)
 
     monkeypatch.setattr(DocumentEncoder, "encode", noting)
-    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(chunks, "BATCH_DOCUMENTS", 3)
 
     def make(files, out, earlier=(), recipe="{}", source="a", share=""):
         if isinstance(files, dict):
@@ -80,7 +79,7 @@ def test_only_what_changed_is_encoded_and_the_bytes_are_those_of_a_fresh_run(
     make(FILES, "before")
     assert make(files, "after", ["before"]) == wanted
     kept = len(files) - (len(wanted) > 0) - (change == "renamed")
-    assert f"{kept} of {len(files)} files as before" in capsys.readouterr().err
+    assert f"{kept} of {len(files)} chunks as before" in capsys.readouterr().err
     everything = {text for texts in files.values() for text in texts}
     assert make(files, "fresh") == everything
     assert content(tmp_path / "after") == content(tmp_path / "fresh")
@@ -266,22 +265,16 @@ def test_a_share_without_a_document_is_no_error(make, tmp_path):
     assert content(tmp_path / "after") == content(tmp_path / "fresh")
 
 
-def test_files_are_dealt_out_once_by_size_and_those_known_last(tmp_path):
+def test_chunks_are_dealt_out_once_by_size_and_those_known_last():
     sizes = {"a": 9, "b": 5, "c": 4, "d": 3, "e": 8}
-    for name, size in sizes.items():
-        (tmp_path / f"{name}.txt").write_text("x" * size)
-    two = Source.model_validate({})
-    paths = [tmp_path / f"{name}.txt" for name in sizes]
-    named = [("x", two, paths[:3]), ("y", two, paths[3:])]
 
-    def dealt(number, known=()):
-        return [
-            "".join(path.stem for _, _, ps in share_of(named, (i + 1, number), known) for path in ps)
-            for i in range(number)
-        ]  # fmt: skip
+    def dealt(of, known=""):
+        flags = [name in known for name in sizes]
+        each = [share_of([*sizes.values()], flags, (i + 1, of)) for i in range(of)]
+        return ["".join([*sizes][i] for i in mine) for mine in each]
 
     assert dealt(2) == ["acd", "be"] and dealt(9)[5:] == [""] * 4
-    assert dealt(2, {("x", "a.txt"), ("y", "a.txt")}) == ["de", "abc"]
+    assert dealt(2, "a") == ["de", "abc"]
     assert parsed("2/8") == (2, 8)
     for wrong in ("0/2", "3/2", "2", "a/b", "-1/2"):
         with pytest.raises(RecipeError, match="2/8"):

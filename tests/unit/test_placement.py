@@ -125,8 +125,15 @@ def test_jobs_share_the_files_of_a_node_and_its_placement(tmp_path: Path):
     file = tmp_path / "cluster.yaml"
     file.write_text(JOBS)
     built = graph.build(CONFIG, file)
-    assert not built.shards, "one file is one job, and other stages are one"
+    assert not built.shards, "one folder is one job, and other stages are one"
     node = built.nodes["tokenize/corpus"]
+
+    def jobs_for(file):
+        one = replace(node, flags=(("--data", f"corpus={file}"),))
+        return len(one.shards())
+
+    assert jobs_for("data/a.jsonl") == 3, "which is cut"
+    assert jobs_for("data/a.jsonl.gz") == jobs_for("data/a.parquet") == 0
     more = tuple(("--data", f"more=data/{i}.jsonl") for i in range(9))
     several = graph.Graph([replace(node, parents=(), flags=node.flags + more)], "", [])
     assert [*several.shards] == ["tokenize/corpus"]

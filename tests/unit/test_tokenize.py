@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from scripts.data import fast, tokenize
+from scripts.data import chunks, fast, tokenize
 from scripts.data.documents import DocumentEncoder
 from scripts.lib.errors import DataError, RecipeError
 from scripts.lib.indexed import IndexedReader
@@ -61,7 +61,7 @@ def test_ids_are_those_of_one_document_at_a_time(
     assert found == expected(tokenizer_folder, TEXTS)
     content = (tmp_path / "out" / "a.bin").read_bytes()
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(chunks, "BATCH_DOCUMENTS", 2)
     assert (make(a=path) / "a.bin").read_bytes() == content
 
 
@@ -185,7 +185,7 @@ def test_the_bytes_do_not_depend_on_cores_nor_on_the_library(
 ):
     a = lines(tmp_path / "a.jsonl", TEXTS * 40)
     b = lines(tmp_path / "b.jsonl", ["", "six é", "\0"] * 9)
-    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(chunks, "BATCH_DOCUMENTS", 7)
     first = content(make(a=a, b=b))
     wanted = receipts(tmp_path / "out")
     for number in itertools.count():
@@ -228,7 +228,7 @@ def test_one_wrong_document_leaves_its_whole_file_to_hugging_face(
     a.mkdir()
     for name, texts in (("1", ["one"]), ("2", ["two"] * 9 + ["zwölf"]), ("3", ["six"])):
         lines(a / f"{name}.jsonl", texts)
-    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(chunks, "BATCH_DOCUMENTS", 2)
     right = content(make(a=a))
     shutil.rmtree(tmp_path / "out")
     shutil.rmtree(tmp_path / "out.work")
@@ -263,7 +263,7 @@ def test_a_run_goes_on_at_the_file_it_was_at(
     a.mkdir()
     for name in "123":
         lines(a / f"{name}.jsonl", [f"{name} one", "", "two"] * 5)
-    monkeypatch.setattr(tokenize, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(chunks, "BATCH_DOCUMENTS", 4)
     whole = content(make(a=a))
     shutil.rmtree(tmp_path / "out")
     shutil.rmtree(tmp_path / "out.work")
@@ -299,16 +299,14 @@ def test_workers_end_with_a_killed_run_and_another_goes_on(tmp_path, tokenizer_f
     command += ["--recipe", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]
     two = {**os.environ, "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(command, env=two)
-    progress = tmp_path / "out.work" / "progress.json"
     deadline = time.monotonic() + 60
-    while not progress.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    workers = [int(pid) for pid in children.read_text().split()]
+    while len(workers := children.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert process.poll() is None
     process.kill()
     process.wait()
-    assert len(workers) == 2
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(map(alive, workers))
@@ -363,7 +361,7 @@ def test_bad_rows_are_counted_over_all_files_of_a_source(make, tmp_path):
 
 def test_a_line_longer_than_a_batch_is_one_document(make, tmp_path, tokenizer_folder):
     text = "one two three zwölf 漢字 " * 50_000
-    assert len(text) > tokenize.BATCH_CHARACTERS
+    assert len(text) > chunks.BATCH_CHARACTERS
     out = make(a=lines(tmp_path / "a.jsonl", ["one", text, "two"]))
     reader = IndexedReader(out / "a")
     assert len(reader) == 3

@@ -169,7 +169,7 @@ def test_of_several_files_only_one_that_is_new_or_changed_is_tokenized(
     project.write_rows("data/corpus-2.jsonl", [*rows[2::3], rows[0]])
     project.write_rows("data/corpus-0.jsonl", rows[:5])
     assert project.build("tokenize") == {"tokenize/corpus": "built"}
-    assert said(project, "2 of 4 files as before")
+    assert said(project, "2 of 4 chunks as before")
     assert_same_as_fresh(project, tmp_path)
 
     project.commit()
@@ -180,7 +180,7 @@ def test_of_several_files_only_one_that_is_new_or_changed_is_tokenized(
     clone.sh("dvc", "pull", "-q", "tokenize-corpus", "tokenizer-tiny")
     clone.write_rows("data/corpus-9.jsonl", rows[:9])
     assert clone.build("tokenize") == {"tokenize/corpus": "built"}
-    assert said(clone, "4 of 5 files as before")
+    assert said(clone, "4 of 5 chunks as before")
     assert_same_as_fresh(clone, path)
 
 

@@ -63,16 +63,16 @@ def ended(project: Project, since: float) -> set[str]:
 
 
 def new_files(project: Project, jobs: int = 3) -> list[int]:
-    """How many files each job's last run had to encode."""
+    """How many chunks each job's last run had to encode."""
     logs = [f"logs/tokenize/corpus-{i + 1}of{jobs}.log" for i in range(jobs)]
     found = [(project.path / log).read_text() for log in logs]
-    return [int(re.findall(r"(\d+) of \d+ files are new", log)[-1]) for log in found]
+    return [int(re.findall(r"(\d+) of \d+ chunks are new", log)[-1]) for log in found]
 
 
 def test_several_jobs_give_the_bytes_of_one(shared: Project, tmp_path: Path):
     assert begun(shared.transcript) == {"1", "2", "3"}
     assert sum(new_files(shared)) == 5 and min(new_files(shared)) > 0
-    assert said(shared, "5 of 5 files as before, their tokens copied")
+    assert said(shared, "5 of 5 chunks as before, their tokens copied")
     assert_same_as_fresh(shared, tmp_path)
     assert_current(shared)
     assert "corpus-" not in shared.sh("snakemake", "-n", "tokenize")
@@ -98,6 +98,21 @@ def test_a_changed_file_is_encoded_by_one_job_alone(project: Project, tmp_path: 
     assert_current(project)
 
 
+def test_jobs_share_one_large_file(project: Project, tmp_path: Path):
+    rows = project.rows("data/corpus-0.jsonl")
+    for i in range(5):
+        os.remove(project.path / f"data/corpus-{i}.jsonl")
+    project.write_rows("data/corpus-0.jsonl", rows)
+    path = project.path / "data/corpus-0.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content * (36_000_000 // len(content)))
+    project.snakemake("tokenize")
+    assert new_files(project) == [1, 1, 1]
+    assert said(project, "3 of 3 chunks as before")
+    assert_same_as_fresh(project, tmp_path)
+    assert_current(project)
+
+
 def test_killed_jobs_go_on_and_finished_ones_are_kept(project: Project, tmp_path: Path):
     for i in range(5):
         rows = project.rows(f"data/corpus-{i}.jsonl")
@@ -117,7 +132,7 @@ def test_killed_jobs_go_on_and_finished_ones_are_kept(project: Project, tmp_path
     run.wait()
     assert begun(project.snakemake("tokenize")) == {"1", "2", "3"} - kept
     assert sum(new_files(project)) == 5
-    assert said(project, "5 of 5 files as before")
+    assert said(project, "5 of 5 chunks as before")
     assert_same_as_fresh(project, tmp_path)
     assert_current(project)
 
