@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = common.load_parent(args.parent)
     common.check_template(tokenizer, args.parent)
     common.align(model, tokenizer)
+    common.score_counted_tokens()
     model.config.use_cache = False
     losses = {"sigmoid": 1.0}
     if recipe.sft_weight:

@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     common.check_template(tokenizer, args.parent)
     tokenizer.padding_side = "left"
     common.align(model, tokenizer)
+    common.score_counted_tokens()
     num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
     environments = Mix(common.environments_of(recipe, args.reward_model))

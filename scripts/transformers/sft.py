@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     check_fits(chats, model.config, args.packed / "packed.parquet")
     order = common.repeated(len(chats), recipe.steps * recipe.batch_size, recipe.seed)
     common.align(model, tokenizer)
+    common.score_counted_tokens()
     model.config.use_cache = False
     trainer = SFTTrainer(
         model=model,

@@ -628,3 +628,32 @@ def test_a_sequence_longer_than_the_model_is_an_error(trainer: Trainer) -> None:
     run = trainer("pretrain", "run", sequence_length=1024)
     assert run.code() == 1
     assert "max_position_embeddings" in run.text()
+
+
+def test_only_tokens_that_count_are_scored_on_a_cpu(monkeypatch: Any) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.trainer import utils
+
+    from scripts.transformers import common
+
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained("config/models/tiny")
+    )
+    utils.add_fused_lm_head(model)
+    ids = torch.arange(40).view(2, 20)
+    labels = ids.masked_fill(ids % 20 < 17, -100)
+    scored, score = [], utils._ChunkedLogProbFunction.apply
+
+    def watched(hidden: torch.Tensor, *rest: Any) -> Any:
+        scored.append(len(hidden))
+        return score(hidden, *rest)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", watched)
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # put back after
+    losses = []
+    for prepare in (lambda: None, common.score_counted_tokens):
+        prepare()
+        losses.append(model(input_ids=ids, labels=labels, fused_lm_head=True).loss)
+    assert scored == [38, 6]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
