@@ -46,7 +46,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -150,8 +150,23 @@ def settings_of(recipe: TokenizeRecipe, tokenizer: Path) -> dict[str, Any]:
             name: digest(tokenizer / name)
             for name in ("tokenizer.json", "tokenizer_config.json")
         },
-        "versions": {name: version(name) for name in (FASTOKENS, HUGGING_FACE)},
+        "versions": {name: version_of(name) for name in (FASTOKENS, HUGGING_FACE)},
     }
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, as its folder of metadata is named.
+
+    `importlib.metadata` says the same, and takes a twentieth of a second to start.
+    """
+    spec = find_spec(package)
+    assert spec and spec.origin
+    found = [*Path(spec.origin).parents[1].glob(f"{package}-*.dist-info")]
+    if len(found) != 1:
+        from importlib.metadata import version
+
+        return version(package)
+    return found[0].stem.partition("-")[2]
 
 
 def settings_with(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
