@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         "--large-mb",
         type=float,
         nargs="+",
-        default=[200, 1000],
+        default=[200, 4000],
         help="on two cores; the goal is for the last",
     )
     flags.add_argument("--chats", type=int, default=5000)

@@ -179,10 +179,7 @@ def tokenizing(
         )
         row.output = told(bench.folder / "ours/data", shards[name])
         rows.insert(-1, row)
-    for size in large_mb:
-        goal = TWO_CORES if size == large_mb[-1] else None
-        rows += scaling(bench, tokenizer, found[OURS], (mb, size), goal, rounds)
-    return rows
+    return [*rows, *scaling(bench, tokenizer, found[OURS], mb, large_mb, rounds)]
 
 
 def edges(bench: Bench, documents: Path) -> Row:
@@ -235,38 +232,43 @@ def scaling(
     bench: Bench,
     tokenizer: Path,
     small: list[Run],
-    mb: tuple[float, float],
-    goal: float | None,
+    small_mb: float,
+    large_mb: list[float],
     rounds: int,
 ) -> list[Row]:
-    """Two cores against one, and memory against the corpus' size."""
-    small_mb, large_mb = mb
-    large = bench.make("large.jsonl", "documents", "--mb", large_mb, "--seed", 1)
-    one = bench.ours("tokenize", "one", tokenizer, large)
-    two = bench.ours("tokenize", "two", tokenizer, large, cores=2)
-    found = interleaved({"one core": one, "two cores": two}, rounds)
-    row = compared(
-        f"tokenize {large_mb:g} MB on 2 cores",
-        "ours on one",
-        found["two cores"],
-        found["one core"],
-        goal,
-        wall,
-    )
-    least = [min(map(cpu, found[name])) for name in ("one core", "two cores")]
-    row.output = told(bench.folder / "two/data", bench.folder / "one/data")
-    row.output += f"; CPU seconds {least[0]:.2f} on one, {least[1]:.2f} on two"
-    large.unlink()
-    before, after = (max(map(peak, runs)) for runs in (small, found["one core"]))
-    flat = Row(
-        f"memory at {large_mb:g} MB of text, one core",
-        f"ours at {small_mb:g} MB",
-        f"{after / before:.2f}",
-        "flat: at most 1.25",
-        after <= 1.25 * before,
-        memory=f"{after:.0f} / {before:.0f}",
-    )
-    return [row, flat]
+    """Two cores against one, and memory from one size to the next."""
+    rows = []
+    for size in large_mb:
+        last = size == large_mb[-1]
+        large = bench.make("large.jsonl", "documents", "--mb", size, "--seed", 1)
+        one = bench.ours("tokenize", "one", tokenizer, large)
+        two = bench.ours("tokenize", "two", tokenizer, large, cores=2)
+        times = rounds if size < 1000 else max(1, rounds - 1)
+        found = interleaved({"one core": one, "two cores": two}, times)
+        row = compared(
+            f"tokenize {size:g} MB on 2 cores",
+            "ours on one",
+            found["two cores"],
+            found["one core"],
+            TWO_CORES if last else None,
+            wall,
+        )
+        least = [min(map(cpu, found[name])) for name in ("one core", "two cores")]
+        row.output = told(bench.folder / "two/data", bench.folder / "one/data")
+        row.output += f"; CPU seconds {least[0]:.2f} on one, {least[1]:.2f} on two"
+        large.unlink()
+        before, after = (max(map(peak, runs)) for runs in (small, found["one core"]))
+        flat = Row(
+            f"memory at {size:g} MB of text, one core",
+            f"ours at {small_mb:g} MB",
+            f"{after / before:.2f}",
+            "flat: at most 1.25" if last else "",
+            after <= 1.25 * before if last else None,
+            memory=f"{after:.0f} / {before:.0f}",
+        )
+        rows += [row, flat]
+        small, small_mb = found["one core"], size
+    return rows
 
 
 def packing(bench: Bench, number: int, rounds: int) -> list[Row]:
