@@ -21,6 +21,7 @@ from __future__ import annotations
 from scripts.lib import cli
 from scripts.lib.schema import DpoRecipe
 from scripts.transformers import common, pairs
+from scripts.transformers.scoring import score_counted_tokens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = common.load_parent(args.parent)
     common.check_template(tokenizer, args.parent)
     common.align(model, tokenizer)
-    common.score_counted_tokens()
+    score_counted_tokens()
     model.config.use_cache = False
     losses = {"sigmoid": 1.0}
     if recipe.sft_weight:

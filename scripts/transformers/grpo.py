@@ -28,6 +28,7 @@ from scripts.lib import cli, dapo, outputs
 from scripts.lib.errors import RecipeError
 from scripts.lib.schema import GrpoRecipe
 from scripts.transformers import common
+from scripts.transformers.scoring import score_counted_tokens
 from scripts.transformers.turns import Conversation, Rollouts
 
 PENALTY = "soft_overlong_punishment_reward"
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     common.check_template(tokenizer, args.parent)
     tokenizer.padding_side = "left"
     common.align(model, tokenizer)
-    common.score_counted_tokens()
+    score_counted_tokens()
     num_prompts = recipe.steps * recipe.batch_size // recipe.num_generations
     order = common.repeated(len(prompts), num_prompts, recipe.seed)
     environments = Mix(common.environments_of(recipe, args.reward_model))

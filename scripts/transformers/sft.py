@@ -29,6 +29,7 @@ from scripts.lib import cli, outputs
 from scripts.lib.errors import DataError
 from scripts.lib.schema import SftRecipe
 from scripts.transformers import adapter, common
+from scripts.transformers.scoring import score_counted_tokens
 
 NOT_COUNTED = -100
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     check_fits(chats, model.config, args.packed / "packed.parquet")
     order = common.repeated(len(chats), recipe.steps * recipe.batch_size, recipe.seed)
     common.align(model, tokenizer)
-    common.score_counted_tokens()
+    score_counted_tokens()
     model.config.use_cache = False
     trainer = SFTTrainer(
         model=model,

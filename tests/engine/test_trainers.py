@@ -635,7 +635,7 @@ def test_only_tokens_that_count_are_scored_on_a_cpu(monkeypatch: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer import utils
 
-    from scripts.transformers import common
+    from scripts.transformers.scoring import score_counted_tokens
 
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained("config/models/tiny")
@@ -652,7 +652,7 @@ def test_only_tokens_that_count_are_scored_on_a_cpu(monkeypatch: Any) -> None:
     monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", watched)
     monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # put back after
     losses = []
-    for prepare in (lambda: None, common.score_counted_tokens):
+    for prepare in (lambda: None, score_counted_tokens):
         prepare()
         losses.append(model(input_ids=ids, labels=labels, fused_lm_head=True).loss)
     assert scored == [38, 6]

@@ -149,7 +149,7 @@ def test_other_settings_take_nothing_over(make, tmp_path, recipe):
 
 def test_another_version_of_a_library_takes_nothing_over(make, monkeypatch):
     make(FILES, "before")
-    monkeypatch.setattr(tokenize, "version", lambda name: "99")
+    monkeypatch.setattr(tokenize, "version_of", lambda name: "99")
     assert "one two" in make(FILES, "after", ["before"])
 
 
