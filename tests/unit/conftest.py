@@ -27,3 +27,18 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus.jsonl").write_text(row * 9)
     data = f"--data=corpus={folder / 'corpus.jsonl'}"
     return run(tokenizer, folder / "made", "vocab_size: 280", data)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that tokenize encodes in this process, as it does."""
+    from scripts.data.documents import DocumentEncoder
+
+    encode, found = DocumentEncoder.encode, list[str]()
+
+    def noting(encoder: Any, texts: list[str], check: Any) -> Any:
+        found.extend(texts)
+        return encode(encoder, texts, check)
+
+    monkeypatch.setattr(DocumentEncoder, "encode", noting)
+    return found

@@ -73,15 +73,8 @@ def test_lines_of_no_file_are_none(tmp_path):
 
 
 @pytest.fixture
-def make(tmp_path, tokenizer_folder, monkeypatch):
+def make(tmp_path, tokenizer_folder, encoded, monkeypatch):
     """Tokenize files, chunks of them or whole ones; the texts that were encoded."""
-    encode, encoded = DocumentEncoder.encode, []
-
-    def noting(encoder, texts, check):
-        encoded.extend(texts)
-        return encode(encoder, texts, check)
-
-    monkeypatch.setattr(DocumentEncoder, "encode", noting)
     monkeypatch.setattr(chunks, "BATCH_DOCUMENTS", 3)
 
     def make(paths, out, recipe="{}", size=SMALL, cores=1, earlier=(), share=""):

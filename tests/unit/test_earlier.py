@@ -30,15 +30,8 @@ def write(folder, files):
 
 
 @pytest.fixture
-def make(tmp_path, tokenizer_folder, monkeypatch):
+def make(tmp_path, tokenizer_folder, encoded, monkeypatch):
     """Tokenize these files into a new folder; the texts that were encoded for it."""
-    encode, encoded = DocumentEncoder.encode, []
-
-    def noting(encoder, texts, check):
-        encoded.extend(texts)
-        return encode(encoder, texts, check)
-
-    monkeypatch.setattr(DocumentEncoder, "encode", noting)
     monkeypatch.setattr(chunks, "BATCH_DOCUMENTS", 3)
 
     def make(files, out, earlier=(), recipe="{}", source="a", share=""):
