@@ -25,7 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.lib import cli, outputs, tracking
+from scripts.lib import cli, outputs, serving, tracking
 from scripts.lib.errors import RecipeError, UserError
 from scripts.lib.progress import Progress
 from scripts.lib.schema import PARALLEL, Placement
@@ -241,8 +241,6 @@ def refuse_code(folder: Path) -> None:
 
 
 Once = Callable[[Callable[[], Any]], Any]
-LAYERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
-"""NemotronH's layers as newer and older releases of Transformers write them."""
 
 
 def readable(folder: Path, work: Path, once: Once | None = None) -> Path:
@@ -255,16 +253,14 @@ def readable(folder: Path, work: Path, once: Once | None = None) -> Path:
     from transformers import AutoConfig
 
     config = read_config(folder)
-    blocks = config.get("layers_block_type") or []
-    if not set(blocks) & {"linear_attention", "full_attention"}:
+    released = serving.as_released(config)
+    if released is config:
         return folder
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return folder
     except Exception:  # each release raises another
-        del config["layers_block_type"]
-    config["hybrid_override_pattern"] = "".join(LAYERS[block] for block in blocks)
-    copy = work / "parent"
+        copy = work / "parent"
 
     def write() -> None:
         shutil.rmtree(copy, ignore_errors=True)
@@ -272,7 +268,7 @@ def readable(folder: Path, work: Path, once: Once | None = None) -> Path:
         for path in folder.iterdir():
             if path.name != "config.json":
                 (copy / path.name).symlink_to(path.absolute())
-        (copy / "config.json").write_text(json.dumps(config))
+        serving.write(copy / "config.json", released)
 
     (once or from_first)(write)
     return copy

@@ -140,7 +140,7 @@ class Run:
     code: int | None = None
     locks: list[IO[str]] = field(default_factory=list)
 
-    def wait(self, seconds: float = 500) -> int:
+    def wait(self, seconds: float = 900) -> int:
         try:
             self.code = self.process.wait(seconds)
         finally:

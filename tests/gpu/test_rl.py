@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from statistics import fmean
 import pytest
 
 from scripts.data import generate, prompts
+from scripts.lib import serving
 from tests.gpu.conftest import GRPO, PAIRS, PYTHON, Run, Stages, write
 
 HELD_OUT = ("arithmetic=config/tasks/arithmetic.yaml", "--data")
@@ -21,8 +23,14 @@ def rewards(run: Run) -> list[float]:
 
 
 def score(stages: Stages, **models: Path) -> dict[str, dict[str, object]]:
-    """Scores of models on the held-out sums, by Transformers."""
-    named = [w for n, folder in models.items() for w in ("--model", f"{n}={folder}")]
+    """Scores of models on the held-out sums, by the engine's Transformers."""
+    named = []
+    for name, folder in models.items():
+        model = stages.folder / name
+        shutil.copytree(folder, model)
+        config = serving.read(model / "config.json")
+        serving.write(model / "config.json", serving.as_released(config))
+        named += ["--model", f"{name}={model}"]
     asked = f"arithmetic={stages.inputs / 'heldout'}"
     run = stages.start(
         "scripts.eval", {"max_new_tokens": 8}, *(*named, "--task", *HELD_OUT, asked)
