@@ -43,7 +43,8 @@ class DocumentEncoder(fast.Encoder):
 
         config = folder / "tokenizer_config.json"
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            content = fast.with_short_merges((folder / "tokenizer.json").read_bytes())
+            tokenizer = tokenizers.Tokenizer.from_str(content)
             eos = json.loads(config.read_text())["eos_token"]
         except Exception as error:  # tokenizers raises Exception itself
             raise DataError(
@@ -57,7 +58,7 @@ class DocumentEncoder(fast.Encoder):
         )
         if eod_id is None:
             raise DataError(str(config), f"eos_token {eos} is not in the vocabulary")
-        super().__init__(tokenizer, add_special_tokens=True)
+        super().__init__(tokenizer, add_special_tokens=True, content=content)
         self.eod_id: int = eod_id
         self.append_eod, self.special_tokens = recipe.append_eod, recipe.special_tokens
         added = tokenizer.get_added_tokens_decoder()

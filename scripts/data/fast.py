@@ -71,15 +71,18 @@ class Encoder:
     """One tokenizer, as both libraries have it; `refusal` says why only one does.
 
     `add_special_tokens`: whether ids are those of whole texts, with the BOS and the
-    like that the tokenizer adds, or of parts of texts.
+    like that the tokenizer adds, or of parts of texts. `content`: the tokenizer.json,
+    where it is at hand.
     """
 
-    def __init__(self, tokenizer: Any, add_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, add_special_tokens: bool, content: str = ""
+    ) -> None:
         self.tokenizer, self.add_special_tokens = tokenizer, add_special_tokens
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.vocab_size = 1 + max(tokenizer.get_vocab().values())
-        self.fast, self.refusal = _fastokens(tokenizer)
+        self.fast, self.refusal = _fastokens(content or tokenizer.to_str())
 
     def hugging_face(self, texts: list[str]) -> tuple[Ids, Ids]:
         """Ids of the texts in a row, and each text's number of them."""
@@ -140,11 +143,33 @@ def split(ids: Ids, lengths: Ids) -> list[Ids]:
     return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
-def _fastokens(tokenizer: Any) -> tuple[Any, str]:
+def with_short_merges(content: bytes) -> str:
+    """A tokenizer.json that says the same, and is read in three quarters of the time.
+
+    Merges are pairs; both libraries also take them as strings with a space between,
+    as they were written before tokens could hold spaces.
+    """
+    import orjson
+
+    found = orjson.loads(content)
+    pairs = found["model"].get("merges")
+    if pairs and isinstance(pairs[0], list):
+        merges = list(map(" ".join, pairs))
+        # a string of two spaces is no merge, nor is one that begins with #version
+        if "".join(merges).count(" ") == len(merges) and b"#version" not in content:
+            found["model"]["merges"] = merges
+            return orjson.dumps(found).decode()
+    return content.decode()
+
+
+def _fastokens(content: str) -> tuple[Any, str]:
     import fastokens
 
     try:
-        return fastokens.Tokenizer.from_json_str(tokenizer.to_str()), ""
+        found = fastokens.Tokenizer.from_json_str(content)
+        found.no_truncation()
+        found.no_padding()
+        return found, ""
     except BaseException as error:  # a panic in Rust is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise

@@ -124,6 +124,25 @@ def assert_same(encoder, texts):
         assert ours == theirs[at[i] : at[i] + their_lengths[i]].tolist(), repr(text)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, word_piece])
+def test_short_merges_mean_the_same(family, tmp_path):
+    tok = family()
+    content = (save(tok, tmp_path / "tokenizer") / "tokenizer.json").read_bytes()
+    short = fast.with_short_merges(content)
+    assert Tokenizer.from_str(short).to_str() == tok.to_str()
+    assert (len(short) < len(content)) == (family in FAMILIES)
+
+
+@pytest.mark.parametrize("text", ["a b a b", "#version a"])
+def test_merges_that_no_string_can_tell_stay_pairs(text, tmp_path):
+    tok = Tokenizer(models.BPE())
+    tok.train_from_iterator([text] * 9, trainers.BpeTrainer(show_progress=False))
+    content = (save(tok, tmp_path / "tokenizer") / "tokenizer.json").read_bytes()
+    short = fast.with_short_merges(content)
+    assert json.loads(short) == json.loads(content)
+    assert Tokenizer.from_str(short).encode(text).ids == tok.encode(text).ids
+
+
 def test_every_code_point_has_hugging_faces_ids(encoder):
     points = [p for p in range(0x110000) if not 0xD800 <= p < 0xE000]
     step = 64
