@@ -133,14 +133,15 @@ def test_short_merges_mean_the_same(family, tmp_path):
     assert (len(short) < len(content)) == (family in FAMILIES)
 
 
-@pytest.mark.parametrize("text", ["a b a b", "#version a"])
+@pytest.mark.parametrize("text", ["a b", "#versions"])
 def test_merges_that_no_string_can_tell_stay_pairs(text, tmp_path):
-    tok = Tokenizer(models.BPE())
-    tok.train_from_iterator([text] * 9, trainers.BpeTrainer(show_progress=False))
+    tokens = [text[:end] for end in range(1, len(text) + 1)]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*tokens, *text]))}
+    tok = Tokenizer(models.BPE(vocab, list(zip(tokens, text[1:], strict=False))))
     content = (save(tok, tmp_path / "tokenizer") / "tokenizer.json").read_bytes()
     short = fast.with_short_merges(content)
     assert json.loads(short) == json.loads(content)
-    assert Tokenizer.from_str(short).encode(text).ids == tok.encode(text).ids
+    assert Tokenizer.from_str(short).encode(text).tokens == [text]
 
 
 def test_every_code_point_has_hugging_faces_ids(encoder):
