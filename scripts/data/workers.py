@@ -2,7 +2,8 @@
 
 A process goes on with the file that it was at, and begins one before it helps with
 another's: what the first chunk of a file settles is found out by each process that has
-a later one. So up to AHEAD chunks a process wait, in files, for those before them. Each
+a later one. So up to AHEAD chunks a process wait, in files, for those before them. One
+that is at a chunk has the next one already, and never waits to be given it. Each
 process has a connection of its own, which ends with it: what is shared, as in
 ProcessPoolExecutor, can be left locked or half written by one that is killed, and all
 would wait forever.
@@ -14,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -30,16 +31,17 @@ from scripts.lib.errors import UserError
 from scripts.lib.schema import TokenizeRecipe
 
 AHEAD = 8
+AT_ONCE = 2
 NOT_WANTED = -1
 
 
 @dataclass
 class Worker:
-    """A process, the task that it is at, if any, and the file of its last one."""
+    """A process, the tasks that it has, and the file of the last one."""
 
     process: BaseProcess
     connection: Connection
-    task: int | None = None
+    tasks: list[int] = field(default_factory=list)
     file: list[Path] | None = None
 
     def prefers(self, task: Task) -> int:
@@ -108,34 +110,35 @@ class Workers:
                     self.free.append(found.tokens)
         finally:
             for worker in self.workers:
-                if worker.task is not None:
-                    worker.task = NOT_WANTED
+                worker.tasks = [NOT_WANTED for _ in worker.tasks]
 
     def _give(self, tasks: list[Task], waiting: list[int], folder: Path) -> None:
-        for worker in self.workers:
-            if worker.task is None and waiting:
-                best = min(waiting, key=lambda i: (worker.prefers(tasks[i]), i))
-                waiting.remove(best)
-                worker.task, worker.file = best, tasks[best].chunk.paths
-                if not self.free:
-                    self.num_prefixes += 1
-                    self.free.append(folder / str(self.num_prefixes))
-                _send(worker, (tasks[best], self.free.pop()))
+        for has in range(AT_ONCE):
+            for worker in self.workers:
+                left = len(waiting) > (len(self.workers) if has else 0)
+                if len(worker.tasks) == has and left:
+                    best = min(waiting, key=lambda i: (worker.prefers(tasks[i]), i))
+                    waiting.remove(best)
+                    worker.tasks.append(best)
+                    worker.file = tasks[best].chunk.paths
+                    if not self.free:
+                        self.num_prefixes += 1
+                        self.free.append(folder / str(self.num_prefixes))
+                    _send(worker, (tasks[best], self.free.pop()))
 
     def _take(
         self, made: dict[int, Made | Exception], seconds: float | None = None
     ) -> None:
-        busy = {w.connection: w for w in self.workers if w.task is not None}
+        busy = {w.connection: w for w in self.workers if w.tasks}
         for connection in wait([*busy], seconds):
             worker = busy[connection]  # type: ignore[index]
             try:
                 found = worker.connection.recv()
             except (EOFError, OSError) as error:
                 raise _killed() from error
-            assert worker.task is not None
-            if worker.task != NOT_WANTED:
-                made[worker.task] = found
-            worker.task = None
+            task = worker.tasks.pop(0)
+            if task != NOT_WANTED:
+                made[task] = found
 
 
 def _send(worker: Worker, what: tuple[Task, Path]) -> None:
