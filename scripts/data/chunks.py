@@ -1,7 +1,8 @@
 """What is read, encoded and told of by itself: a file, lines of a large one, a dataset.
 
 A plain file of lines above CHUNK_BYTES is cut every so many bytes: a chunk has the lines
-that begin there. Any other file is one chunk, and so is a dataset of the hub. A chunk's
+that begin there. A parquet file's chunks are row groups, as many as have that many bytes
+together. Any other file is one chunk, and so is a dataset of the hub. A chunk's
 tokens depend on its bytes and the settings alone, so chunks are made in any order, by
 any process or job, and the bytes do not depend on which.
 
@@ -39,8 +40,8 @@ Key = tuple[str, int | None, str]
 class Chunk:
     """`file`: its name in receipts; `paths`: what `rows.read_rows` is given.
 
-    Of a file that is cut, `number` counts its chunks from 0 and `between` is where
-    their lines begin. `files`: those of a dataset in a folder; `revision`: of one on
+    Of a file that is cut, `number` counts its chunks from 0, and `between` is where
+    its lines begin, or which row groups it has; `head` is that of the first. `files`: those of a dataset in a folder; `revision`: of one on
     the hub.
     """
 
@@ -49,6 +50,7 @@ class Chunk:
     num_bytes: int
     number: int | None = None
     between: tuple[int, int] = (0, 0)
+    head: tuple[int, int] = (0, 0)
     files: list[Path] = field(default_factory=list)
     revision: str = ""
     _digest: str = ""
@@ -56,14 +58,15 @@ class Chunk:
     @property
     def first(self) -> Chunk:
         """The first one of a file that is cut."""
-        between = 0, self.between[1] - self.between[0]
-        return replace(self, number=0, between=between, _digest="")
+        return replace(self, number=0, between=self.head, _digest="")
 
     @property
-    def lines(self) -> range | None:
-        """The bytes of its lines, where a file is cut."""
+    def part(self) -> range | None:
+        """The bytes of its lines, or its row groups, where a file is cut."""
         if self.number is None:
             return None
+        if rows.is_parquet(self.paths[0]):
+            return range(*self.between)
         return rows.lines_from(self.paths[0], *self.between)
 
     @property
@@ -77,7 +80,7 @@ class Chunk:
         if self.revision:
             return self.revision
         if not self.files:
-            return digest(self.paths[0], self.lines)
+            return digest(self.paths[0], self.part)
         found = [{"file": path.name, "digest": digest(path)} for path in self.files]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
@@ -104,11 +107,22 @@ def chunks_of(source: Source, paths: list[Path], files: list[Path]) -> list[Chun
         if size <= CHUNK_BYTES or not rows.can_be_cut(path):
             found.append(Chunk(path.name, [path], size))
             continue
-        for number, start in enumerate(range(0, size, CHUNK_BYTES)):
-            between = start, start + CHUNK_BYTES
-            part = min(size, between[1]) - start
-            found.append(Chunk(path.name, [path], part, number, between))
+        for number, (between, num_bytes) in enumerate(parts_of(path, size)):
+            head = found[-1].head if number else between
+            found.append(Chunk(path.name, [path], num_bytes, number, between, head))
     return found
+
+
+def parts_of(path: Path, size: int) -> list[tuple[tuple[int, int], int]]:
+    """Where a file is cut, and how many bytes a chunk has."""
+    if rows.is_parquet(path):
+        groups = rows.RowGroups(path)
+        return [
+            ((part.start, part.stop), len(groups.bytes_of(part)))
+            for part in groups.between(CHUNK_BYTES)
+        ]
+    starts = range(0, size, CHUNK_BYTES)
+    return [((i, i + CHUNK_BYTES), min(CHUNK_BYTES, size - i)) for i in starts]
 
 
 def key_of(receipt: Receipt) -> Key:
@@ -116,13 +130,18 @@ def key_of(receipt: Receipt) -> Key:
     return receipt["file"], receipt.get("chunk"), receipt["digest"]
 
 
-def digest(path: Path, lines: range | None = None) -> str:
-    """A file's content, or some of it, as a hexadecimal digest."""
+def digest(path: Path, part: range | None = None) -> str:
+    """A file's content, or some lines or row groups of it, as a hexadecimal digest."""
+    found = hashlib.sha256()
+    if part is not None and rows.is_parquet(path):
+        groups = rows.RowGroups(path)
+        found.update(json.dumps(groups.told_of(part), default=str).encode())
+        part = groups.bytes_of(part)
     with path.open("rb") as file:
-        if lines is None:
+        if part is None:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(lines.start)
-        found, left = hashlib.sha256(), len(lines)
+        file.seek(part.start)
+        left = len(part)
         while block := file.read(min(left, rows.BLOCK)):
             found.update(block)
             left -= len(block)
@@ -141,21 +160,23 @@ def take_digests(chunks: list[Chunk]) -> None:
 
 
 class LineNumbers:
-    """Lines before a chunk, for messages: counted once one is needed, and going on."""
+    """Rows before a chunk, for messages: counted once one is needed, and going on."""
 
     def __init__(self) -> None:
         self._counted: dict[Path, tuple[int, int]] = {}
 
     def before(self, chunk: Chunk) -> int:
-        """Lines of its file that come before those of the chunk."""
-        if not (lines := chunk.lines):
+        """Lines of its file that come before those of the chunk, or rows."""
+        if not (part := chunk.part):
             return 0
         (path,) = chunk.paths
+        if rows.is_parquet(path):
+            return rows.RowGroups(path).num_rows(range(part.start))
         at, num = self._counted.get(path, (0, 0))
-        if at > lines.start:
+        if at > part.start:
             at = num = 0
-        num += rows.num_lines(path, at, lines.start)
-        self._counted[path] = lines.start, num
+        num += rows.num_lines(path, at, part.start)
+        self._counted[path] = part.start, num
         return num
 
 
@@ -248,7 +269,7 @@ def read(task: Task, chunk: Chunk) -> rows.RowReader[str]:
         text = row.get(column)
         return text if isinstance(text, str) else rows.field(row, column)
 
-    return rows.read_rows(task.name, task.source, chunk.paths, take, chunk.lines)
+    return rows.read_rows(task.name, task.source, chunk.paths, take, chunk.part)
 
 
 def batches(

@@ -25,7 +25,8 @@ Raises  DataError for bad rows, for no token at all, for a folder that is no
 Resumes chunk by chunk: a source whose receipts in --out tell of the same content and
         which is whole is kept, and one half done goes on at the chunk it was at
 
-A chunk is a file, or 16 MB of a plain one of lines (`scripts.data.chunks`). The ids are
+A chunk is a file, or 16 MB of a plain one of lines or of a parquet file's row groups
+(`scripts.data.chunks`). The ids are
 those of Megatron's preprocess_data.py: special-token text in a document becomes the
 special token unless the recipe says otherwise, what the tokenizer adds by itself (BOS)
 is kept, and a document without a token is a document entry with no sequence and no EOD.

@@ -122,7 +122,8 @@ class Node:
     def shards(self) -> list[Node]:
         """The jobs that share its files, before its own: none where one job does it.
 
-        A plain file of lines is cut between them, as large as it may be by then.
+        A plain file of lines, or of parquet, is cut between them, as large as it may be
+        by then.
         """
         if not STAGES[self.stage].by_file:
             return []

@@ -120,8 +120,62 @@ def local_folder(source: Source, paths: list[Path]) -> Path | None:
 
 
 def can_be_cut(path: Path) -> bool:
-    """Whether a file is plain lines, of which some can be read without the others."""
-    return FORMATS.get(path.suffix) == LINES
+    """Whether some rows of a file can be read without the others."""
+    return FORMATS.get(path.suffix) in (LINES, PARQUET)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is read as parquet."""
+    return FORMATS.get(path.suffix) == PARQUET
+
+
+class RowGroups:
+    """A parquet file's row groups, as its footer tells of them.
+
+    Raises DataError where it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _parquet_errors(path):
+            from pyarrow import parquet
+
+            self._footer = parquet.read_metadata(path)
+        self._columns = range(self._footer.num_columns)
+
+    def between(self, num_bytes: int) -> list[range]:
+        """Neighbours of so many bytes together, or just above."""
+        found, first, size = [], 0, 0
+        for group in range(self._footer.num_row_groups):
+            size += len(self.bytes_of(range(group, group + 1)))
+            if size >= num_bytes:
+                found.append(range(first, group + 1))
+                first, size = group + 1, 0
+        if size:
+            found.append(range(first, self._footer.num_row_groups))
+        return found
+
+    def bytes_of(self, groups: range) -> range:
+        """Where in the file some neighbours are."""
+        found = [
+            (
+                min(filter(None, (c.dictionary_page_offset, c.data_page_offset))),
+                c.total_compressed_size,
+            )
+            for group in map(self._footer.row_group, groups)
+            for c in map(group.column, self._columns)
+        ]
+        return range(min(a for a, _ in found), max(a + size for a, size in found))
+
+    def told_of(self, groups: range) -> list[Any]:
+        """What says how to read their bytes."""
+        return [
+            str(self._footer.schema.to_arrow_schema()),
+            *(self._footer.row_group(group).to_dict() for group in groups),
+        ]
+
+    def num_rows(self, groups: range) -> int:
+        """How many rows they have."""
+        return sum(self._footer.row_group(group).num_rows for group in groups)
 
 
 def lines_from(path: Path, start: int, stop: int) -> range:
@@ -161,15 +215,16 @@ def read_rows(
     source: Source,
     paths: list[Path],
     take: Callable[[Row], Taken],
-    lines: range | None = None,
+    part: range | None = None,
 ) -> RowReader[Taken]:
     """Read a source; iterate the result for pairs `(take(row), "file:line")`.
 
     `take` picks from a row what the stage needs, and raises BadRow for a row it
-    cannot use. Raises DataError as the module says, while it is iterated. `lines`:
-    of the one file, the bytes of the lines that are wanted, as `lines_from` has them.
+    cannot use. Raises DataError as the module says, while it is iterated. `part`: of
+    the one file, what is wanted: the bytes of lines, as `lines_from` has them, or row
+    groups of a parquet file.
     """
-    return RowReader(name, source, paths, take, lines)
+    return RowReader(name, source, paths, take, part)
 
 
 class RowReader(Generic[Taken]):
@@ -181,10 +236,10 @@ class RowReader(Generic[Taken]):
         source: Source,
         paths: list[Path],
         take: Callable[[Row], Taken],
-        lines: range | None = None,
+        part: range | None = None,
     ) -> None:
         self.name, self.source, self.paths, self.take = name, source, paths, take
-        self.lines, self.place = lines, ""
+        self.part, self.place = part, ""
         self.num_rows = self.num_bad = 0
         self.files = files_of(name, source, paths)
         self.bytes_total = sum(path.stat().st_size for path in self.files)
@@ -200,7 +255,7 @@ class RowReader(Generic[Taken]):
     def numbered(self) -> Iterator[tuple[int, Taken | BadRow]]:
         """Each row's number in its file, from 1, and what was taken, or what is wrong.
 
-        `place` is the file that it is from, and a .txt its row 0. Of `lines`, the
+        `place` is the file that it is from, and a .txt its row 0. Of a part, the
         first is number 1.
         """
         take = self.take
@@ -253,7 +308,7 @@ class RowReader(Generic[Taken]):
                 yield from items
                 break
             else:
-                if self.lines is None:
+                if self.part is None:
                     raise no_rows(path)
             self._position = lambda: 0
             self._bytes_before += path.stat().st_size
@@ -282,12 +337,12 @@ class RowReader(Generic[Taken]):
         loads, fault = orjson.loads, orjson.JSONDecodeError
         with self._open(path) as stream:
             left = sys.maxsize
-            if self.lines is not None:
-                stream.seek(self.lines.start)
-                left = len(self.lines)
+            if self.part is not None:
+                stream.seek(self.part.start)
+                left = len(self.part)
             for number, line in enumerate(stream if left else (), 1):
                 left -= len(line)
-                if number == 1 and not (self.lines and self.lines.start):
+                if number == 1 and not (self.part and self.part.start):
                     line = _first_line(path, line)
                 try:
                     yield number, loads(line)
@@ -312,20 +367,16 @@ class RowReader(Generic[Taken]):
             yield 0, {self.source.column or "text": text}
 
     def _parquet(self, path: Path) -> Iterator[tuple[int, Any]]:
-        import pyarrow
         from pyarrow import parquet
 
         number, size = 0, path.stat().st_size
-        try:
-            with parquet.ParquetFile(path) as file:
-                num_rows = max(1, file.metadata.num_rows)
-                self._position = lambda: size * number // num_rows
-                for batch in file.iter_batches(batch_size=256):
-                    for row in _batch_rows(batch):
-                        number += 1
-                        yield number, row
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(str(path), f"cannot be read as parquet: {error}") from error
+        with _parquet_errors(path), parquet.ParquetFile(path) as file:
+            num_rows = max(1, file.metadata.num_rows)
+            self._position = lambda: size * number // num_rows
+            for batch in file.iter_batches(batch_size=256, row_groups=self.part):
+                for row in _batch_rows(batch):
+                    number += 1
+                    yield number, row
 
     def _dataset(self) -> Iterator[tuple[int, Any]]:
         """Rows of a Hugging Face dataset; code of its own is never run."""
@@ -386,6 +437,16 @@ def too_many_bad_rows(name: str, source: Source, some: list[str]) -> DataError:
         + "\n  ".join(some[:EXAMPLES]),
         f"mend the rows, or allow them to be left out with `max_bad_rows` of data.{name}",
     )
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(str(path), f"cannot be read as parquet: {error}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

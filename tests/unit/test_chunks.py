@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from scripts.data import chunks, fast, tokenize
 from scripts.data.chunks import Task
@@ -100,6 +102,20 @@ def many(tmp_path):
     return path
 
 
+@pytest.fixture(params=["lines", "row groups"])
+def large(request, many):
+    """A file that is cut at either."""
+    if request.param == "lines":
+        return many
+    return write_parquet(many.with_suffix(".parquet"), MANY, 5)
+
+
+def write_parquet(path, texts, row_group_size=9, **how):
+    table = pyarrow.table({"number": [*range(len(texts))], "text": texts})
+    parquet.write_table(table, path, row_group_size=row_group_size, **how)
+    return path
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -127,14 +143,62 @@ def test_a_file_that_is_cut_gives_the_bytes_of_one_that_is_not(make, tmp_path, k
         assert [receipt["chunk"] for receipt in found] == [*range(num)]
 
 
-def test_one_process_two_and_three_write_the_same_receipts_too(make, tmp_path, many):
+def test_a_parquet_file_that_is_cut_gives_the_bytes_of_one_that_is_not(make, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", MANY)
+    make(path, "whole", size=10**9)
+    assert "chunk" not in receipts(tmp_path / "whole")[0]
+    for size, nums in ((1, [11]), (900, range(3, 10))):
+        make(path, f"cut{size}", size=size)
+        assert tokens(tmp_path / f"cut{size}") == tokens(tmp_path / "whole")
+        found = receipts(tmp_path / f"cut{size}")
+        assert [receipt["chunk"] for receipt in found] == [*range(len(found))]
+        assert len(found) in nums
+    make(write_parquet(path, MANY, 10**6), "one", size=1)
+    assert tokens(tmp_path / "one") == tokens(tmp_path / "whole")
+
+
+def test_row_groups_have_a_digest_of_what_is_in_them_and_how(tmp_path):
+    def digests(texts, **how):
+        path = write_parquet(tmp_path / "a.parquet", texts, **how)
+        groups = rows.RowGroups(path)
+        assert groups.num_rows(range(11)) == len(texts)
+        return [chunks.digest(path, range(i, i + 1)) for i in range(11)]
+
+    before = digests(MANY)
+    assert len(set(before)) == 11 and digests(MANY) == before
+    after = digests([*MANY[:-1], f"{MANY[-1][:-1]}x"])
+    assert before[:-1] == after[:-1] and before[-1] != after[-1]
+    assert not {*before} & {*digests(MANY, compression="none")}
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_bad_rows_of_row_groups_are_named_by_their_number(make, tmp_path, cores):
+    texts = [None if i == 59 else text for i, text in enumerate(MANY)]
+    path = write_parquet(tmp_path / "a.parquet", texts)
+    with pytest.raises(DataError, match=r"a\.parquet:60: column `text` is null"):
+        make(path, "out", size=1, cores=cores)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("where", [0, 300, -20])
+def test_a_damaged_parquet_file_is_named(make, tmp_path, cores, where):
+    path = write_parquet(tmp_path / "a.parquet", MANY)
+    damaged = bytearray(path.read_bytes())
+    at = where % len(damaged)
+    damaged[at : at + 20] = b"\xff" * 20
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as parquet"):
+        make(path, "out", size=1, cores=cores)
+
+
+def test_one_process_two_and_three_write_the_same_receipts_too(make, tmp_path, large):
     second = tmp_path / "second.jsonl"
     second.write_bytes(FILES["lines longer than chunks"])
     packed = tmp_path / "third.jsonl.gz"
     packed.write_bytes(gzip.compress(FILES["plain"]))
     prose = tmp_path / "fourth.txt"
     prose.write_text("one é\n" * SMALL)
-    paths = [many, second, packed, prose]
+    paths = [large, second, packed, prose]
     make(paths, "1")
     assert [r["file"] for r in receipts(tmp_path / "1") if "chunk" not in r] == [
         packed.name,
@@ -145,17 +209,17 @@ def test_one_process_two_and_three_write_the_same_receipts_too(make, tmp_path, m
         assert content(tmp_path / str(cores)) == content(tmp_path / "1")
 
 
-def test_jobs_share_one_file_and_their_tokens_are_taken_over(make, tmp_path, many):
-    make(many, "fresh")
-    encoded = [make(many, str(i), share=f"{i}/3") for i in (1, 2, 3)]
+def test_jobs_share_one_file_and_their_tokens_are_taken_over(make, tmp_path, large):
+    make(large, "fresh")
+    encoded = [make(large, str(i), share=f"{i}/3") for i in (1, 2, 3)]
     assert all(encoded) and sum(map(len, encoded)) == len(MANY)
     assert set().union(*encoded) == set(MANY)
-    assert make(many, "after", earlier="123") == set()
+    assert make(large, "after", earlier="123") == set()
     assert content(tmp_path / "after") == content(tmp_path / "fresh")
-    assert make(many, "most", earlier=["1", "nowhere", "3"]) == encoded[1]
+    assert make(large, "most", earlier=["1", "nowhere", "3"]) == encoded[1]
     assert content(tmp_path / "most") == content(tmp_path / "fresh")
     for i in (1, 2, 3):
-        assert make(many, f"again{i}", earlier=["after"], share=f"{i}/3") == set()
+        assert make(large, f"again{i}", earlier=["after"], share=f"{i}/3") == set()
 
 
 @pytest.mark.parametrize("how", ["grown", "changed"])
@@ -172,8 +236,8 @@ def test_only_what_changed_of_a_file_is_encoded_anew(make, tmp_path, many, how):
     assert content(tmp_path / "after") == content(tmp_path / "fresh")
 
 
-def test_a_run_goes_on_at_the_chunk_it_was_at(make, tmp_path, many, monkeypatch):
-    make(many, "whole")
+def test_a_run_goes_on_at_the_chunk_it_was_at(make, tmp_path, large, monkeypatch):
+    make(large, "whole")
     encode = DocumentEncoder.encode
 
     def stopped(encoder, texts, check):
@@ -184,10 +248,10 @@ def test_a_run_goes_on_at_the_chunk_it_was_at(make, tmp_path, many, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(DocumentEncoder, "encode", stopped)
         with pytest.raises(KeyboardInterrupt):
-            make(many, "out")
+            make(large, "out")
     done = (tmp_path / "out/a.receipts.jsonl").read_text().count("\n") - 1
     assert done > 3
-    encoded = make(many, "out")
+    encoded = make(large, "out")
     left = sum(r["documents"] for r in receipts(tmp_path / "out")[done:])
     assert len(encoded) == left < len(MANY)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -389,14 +453,14 @@ def test_one_wrong_document_leaves_a_whole_file_that_is_cut_to_hugging_face(
     assert content(tmp_path / "killed") == content(tmp_path / "out")
 
 
-def test_a_damaged_chunk_alone_is_encoded_again(make, tmp_path, many):
-    make(many, "before")
+def test_a_damaged_chunk_alone_is_encoded_again(make, tmp_path, large):
+    make(large, "before")
     fresh = content(tmp_path / "before")
     path = tmp_path / "before/a.bin"
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    encoded = make(many, "after", earlier=["before"])
+    encoded = make(large, "after", earlier=["before"])
     assert 0 < len(encoded) < 20
     assert content(tmp_path / "after") == fresh
 

@@ -132,8 +132,8 @@ def test_jobs_share_the_files_of_a_node_and_its_placement(tmp_path: Path):
         one = replace(node, flags=(("--data", f"corpus={file}"),))
         return len(one.shards())
 
-    assert jobs_for("data/a.jsonl") == 3, "which is cut"
-    assert jobs_for("data/a.jsonl.gz") == jobs_for("data/a.parquet") == 0
+    assert jobs_for("data/a.jsonl") == jobs_for("data/a.parquet") == 3, "they are cut"
+    assert jobs_for("data/a.jsonl.gz") == jobs_for("data/a.txt") == 0
     more = tuple(("--data", f"more=data/{i}.jsonl") for i in range(9))
     several = graph.Graph([replace(node, parents=(), flags=node.flags + more)], "", [])
     assert [*several.shards] == ["tokenize/corpus"]
