@@ -381,7 +381,8 @@ def growth(bench: Bench, gigabytes: list[float], cores: int) -> str:
         if shutil.disk_usage(bench.folder).free < needed:
             raise UserError(str(bench.folder), f"less than {needed / 1e9:.0f} GB free")
         large = bench.make("large.jsonl", "documents", "--mb", size * 1000)
-        done = run(bench.ours("tokenize", "grown", tokenizer, large, cores))
+        ours = bench.ours("tokenize", "grown", tokenizer, large, cores)
+        done = run(cached(ours, large))
         blend = json.loads((bench.folder / "grown/blend.json").read_text())
         (source,) = blend["sources"]
         lines.append(
