@@ -257,8 +257,7 @@ def scaling(
         large = bench.make("large.jsonl", "documents", "--mb", size, "--seed", 1)
         one = cached(bench.ours("tokenize", "one", tokenizer, large), large)
         two = cached(bench.ours("tokenize", "two", tokenizer, large, cores=2), large)
-        times = rounds if size < 1000 else max(1, rounds - 1)
-        found = interleaved({"one core": one, "two cores": two}, times)
+        found = interleaved({"one core": one, "two cores": two}, rounds)
         row = compared(
             f"tokenize {size:g} MB on 2 cores",
             "ours on one",

@@ -3,7 +3,7 @@
 A command's CPU seconds are those of its processes, user and system: on a core of its
 own they are its time, and other work on the machine changes them little. Its peak is
 the most that its processes held at once, shared pages counted once, as seen twenty
-times a second, or as often as looking takes a fiftieth of a core.
+times a second, or as often as looking takes a two-hundredth of a core.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from threading import Event, Thread
 from scripts.lib.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-EVERY_SECONDS, SHARE = 0.05, 0.02
+EVERY_SECONDS, SHARE = 0.05, 0.005
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
