@@ -2,9 +2,9 @@
 
 A plain file of lines above CHUNK_BYTES is cut every so many bytes: a chunk has the lines
 that begin there. A parquet file's chunks are row groups, as many as have that many bytes
-together. Any other file is one chunk, and so is a dataset of the hub. A chunk's
-tokens depend on its bytes and the settings alone, so chunks are made in any order, by
-any process or job, and the bytes do not depend on which.
+together. Any other file is one chunk, and so is a dataset of the hub. A chunk's tokens
+depend on its bytes and the settings alone, so chunks are made in any order, by any
+process or job, and the bytes do not depend on which.
 
 What is encoded twice (`scripts.data.fast`) is chosen from a chunk's texts, and for a
 later one of a file also from the first one's: code points that those settle are settled.
@@ -41,8 +41,8 @@ class Chunk:
     """`file`: its name in receipts; `paths`: what `rows.read_rows` is given.
 
     Of a file that is cut, `number` counts its chunks from 0, and `between` is where
-    its lines begin, or which row groups it has; `head` is that of the first. `files`: those of a dataset in a folder; `revision`: of one on
-    the hub.
+    its lines begin, or which row groups it has; `head` is that of the first. `files`:
+    those of a dataset in a folder; `revision`: of one on the hub.
     """
 
     file: str
@@ -159,7 +159,7 @@ def take_digests(chunks: list[Chunk]) -> None:
             pass
 
 
-class LineNumbers:
+class RowNumbers:
     """Rows before a chunk, for messages: counted once one is needed, and going on."""
 
     def __init__(self) -> None:

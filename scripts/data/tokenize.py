@@ -26,10 +26,10 @@ Resumes chunk by chunk: a source whose receipts in --out tell of the same conten
         which is whole is kept, and one half done goes on at the chunk it was at
 
 A chunk is a file, or 16 MB of a plain one of lines or of a parquet file's row groups
-(`scripts.data.chunks`). The ids are
-those of Megatron's preprocess_data.py: special-token text in a document becomes the
-special token unless the recipe says otherwise, what the tokenizer adds by itself (BOS)
-is kept, and a document without a token is a document entry with no sequence and no EOD.
+(`scripts.data.chunks`). The ids are those of Megatron's preprocess_data.py:
+special-token text in a document becomes the special token unless the recipe says
+otherwise, what the tokenizer adds by itself (BOS) is kept, and a document without a
+token is a document entry with no sequence and no EOD.
 fastokens makes them, checked against Hugging Face's tokenizers (`scripts.data.fast`),
 which encode all chunks of a file where one document of it differs. OMP_NUM_THREADS
 processes make chunks, one a core by default; bytes and receipts do not depend on their
@@ -58,9 +58,9 @@ from scripts.data.chunks import (
     HUGGING_FACE,
     Chunk,
     ChunkEncoder,
-    LineNumbers,
     Made,
     Receipt,
+    RowNumbers,
     Task,
     chunks_of,
     digest,
@@ -470,7 +470,7 @@ def write_chunks(
         for i in todo
         if i not in ways.earlier
     ]
-    lines = LineNumbers()
+    lines = RowNumbers()
     total = max(1, sum(chunk.num_bytes for chunk in source.chunks))
     step = sum(chunk.num_bytes for chunk in source.chunks[:first])
     with closing(encoders.make(tasks, shard)) as all_made:
@@ -513,7 +513,7 @@ ANSWER = "Hugging Face's tokenizer encodes the whole file"
 
 
 def tell(
-    source: SourceChunks, state: State, chunk: Chunk, made: Made, lines: LineNumbers
+    source: SourceChunks, state: State, chunk: Chunk, made: Made, lines: RowNumbers
 ) -> None:
     """Say which rows were left out. Raises DataError for too many, or refused ones."""
     allowed = source.source.max_bad_rows - state.bad_rows

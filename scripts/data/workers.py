@@ -32,7 +32,6 @@ from scripts.lib.schema import TokenizeRecipe
 
 AHEAD = 8
 AT_ONCE = 2
-NOT_WANTED = -1
 
 
 @dataclass
@@ -61,12 +60,16 @@ class Workers:
         recipe: TokenizeRecipe,
         num: int,
     ) -> None:
-        fork = not fast.threads_started
-        context: Any = get_context("fork" if fork else "spawn")
+        self._args, self.num = (encoder, tokenizer, recipe), num
         self.workers: list[Worker] = []
         self.num_prefixes = 0
         self.free: list[Path] = []
-        for _ in range(num):
+
+    def _start(self) -> None:
+        encoder, tokenizer, recipe = self._args
+        fork = not fast.threads_started
+        context: Any = get_context("fork" if fork else "spawn")
+        for _ in range(self.num):
             ours, its = context.Pipe()
             args = (its, encoder if fork else None, tokenizer, recipe)
             process = context.Process(target=_serve, args=args, daemon=True)
@@ -75,17 +78,21 @@ class Workers:
             self.workers.append(Worker(process, ours))
 
     def close(self) -> None:
-        """End the processes, whatever they are at."""
-        for worker in self.workers:
+        """End the processes, whatever they are at; others start where more is made."""
+        while self.workers:
+            worker = self.workers.pop()
             worker.process.kill()
             worker.process.join()
+            worker.connection.close()
 
     def make(self, tasks: list[Task], folder: Path) -> Generator[Made]:
         """What came of each task; tokens are in files in `folder`, until the next.
 
         Raises what a process raised in a chunk's turn, and UserError where one was
-        killed.
+        killed. Whoever wants no more of them closes it: nothing is written after that.
         """
+        if not self.workers:
+            self._start()
         rmtree(folder, ignore_errors=True)  # what a killed run left
         folder.mkdir()
         self.free = []
@@ -109,8 +116,8 @@ class Workers:
                 if found.tokens:
                     self.free.append(found.tokens)
         finally:
-            for worker in self.workers:
-                worker.tasks = [NOT_WANTED for _ in worker.tasks]
+            if any(worker.tasks for worker in self.workers):
+                self.close()
 
     def _give(self, tasks: list[Task], waiting: list[int], folder: Path) -> None:
         for has in range(AT_ONCE):
@@ -136,9 +143,7 @@ class Workers:
                 found = worker.connection.recv()
             except (EOFError, OSError) as error:
                 raise _killed() from error
-            task = worker.tasks.pop(0)
-            if task != NOT_WANTED:
-                made[task] = found
+            made[worker.tasks.pop(0)] = found
 
 
 def _send(worker: Worker, what: tuple[Task, Path]) -> None:
