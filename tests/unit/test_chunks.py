@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pyarrow
 import pytest
@@ -16,10 +17,10 @@ from scripts.data import chunks, fast, tokenize
 from scripts.data.chunks import Task
 from scripts.data.documents import DocumentEncoder
 from scripts.data.shard import Shard
-from scripts.data.workers import Worker
+from scripts.data.workers import Worker, Workers
 from scripts.lib import rows
 from scripts.lib.errors import DataError
-from scripts.lib.schema import Source
+from scripts.lib.schema import Source, TokenizeRecipe
 from tests.unit.conftest import run
 
 SMALL = 400
@@ -309,6 +310,23 @@ def test_a_killed_run_goes_on_and_the_bytes_are_those_of_another(
     subprocess.run(command("other"), env=environment("2"), check=True)
     assert receipts(tmp_path / "out")[:3] == kept
     assert content(tmp_path / "out") == content(tmp_path / "other")
+
+
+def test_nothing_is_written_once_no_more_chunks_are_wanted(
+    tmp_path, tokenizer_folder, large, monkeypatch
+):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", SMALL)
+    tasks = [Task("a", Source(), c) for c in chunks.chunks_of(Source(), [], [large])]
+    recipe = TokenizeRecipe()
+    encoder = DocumentEncoder(tokenizer_folder, recipe)
+    with closing(Workers(encoder, tokenizer_folder, recipe, 2)) as workers:
+        with closing(workers.make(tasks, tmp_path / "apart")) as made:
+            first = next(made)
+            processes = [worker.process for worker in workers.workers]
+            assert all(process.is_alive() for process in processes)
+        assert not any(process.is_alive() for process in processes)
+        again = [m.receipt for m in workers.make(tasks, tmp_path / "apart")]
+    assert again[0] == first.receipt and len(again) == len(tasks)
 
 
 WRONG = """
