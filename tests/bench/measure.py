@@ -3,7 +3,8 @@
 A command's CPU seconds are those of its processes, user and system: on a core of its
 own they are its time, and other work on the machine changes them little. Its peak is
 the most that its processes held at once, shared pages counted once, as seen twenty
-times a second, or as often as looking takes a two-hundredth of a core.
+times a second, and of a long run down to twenty times in all, so that looking takes a
+two-hundredth of a core.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from threading import Event, Thread
 from scripts.lib.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-EVERY_SECONDS, SHARE = 0.05, 0.005
+EVERY_SECONDS, SHARE, TIMES = 0.05, 0.005, 20
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -58,12 +59,14 @@ class Watch(Thread):
         self.start()
 
     def run(self) -> None:
-        pause = EVERY_SECONDS
+        start, pause = time.monotonic(), EVERY_SECONDS
         while not self.done.wait(pause):
             before = time.thread_time()
             with suppress(OSError, ValueError):  # one of them has just ended
                 self.look()
-            pause = max(EVERY_SECONDS, (time.thread_time() - before) / SHARE)
+            wanted = (time.thread_time() - before) / SHARE
+            longest = (time.monotonic() - start) / TIMES
+            pause = max(EVERY_SECONDS, min(wanted, longest))
 
     def look(self) -> None:
         family = [self.pid]
