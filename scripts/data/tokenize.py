@@ -265,12 +265,12 @@ class Encoders:
             for task in tasks:
                 yield self._here.make(task, shard)
             return
-        if tasks and self._workers is None:
+        if not tasks:
+            return
+        if self._workers is None:
             from scripts.data.workers import Workers
 
             self._workers = Workers(*self._args, self.num)
-        if not tasks:
-            return
         for made in self._workers.make(tasks, apart(shard)):
             if made.receipt:
                 shard.append(
@@ -470,7 +470,7 @@ def write_chunks(
         for i in todo
         if i not in ways.earlier
     ]
-    lines = RowNumbers()
+    numbers = RowNumbers()
     total = max(1, sum(chunk.num_bytes for chunk in source.chunks))
     step = sum(chunk.num_bytes for chunk in source.chunks[:first])
     with closing(encoders.make(tasks, shard)) as all_made:
@@ -494,7 +494,7 @@ def write_chunks(
                     ways.forget(source.firsts[i])
                     say(f"{chunk.file}: {made.fault}; {ANSWER}")
                     return
-                tell(source, state, chunk, made, lines)
+                tell(source, state, chunk, made, numbers)
                 receipt = made.receipt
             shard.flush()
             state.add(receipt)
@@ -513,13 +513,13 @@ ANSWER = "Hugging Face's tokenizer encodes the whole file"
 
 
 def tell(
-    source: SourceChunks, state: State, chunk: Chunk, made: Made, lines: RowNumbers
+    source: SourceChunks, state: State, chunk: Chunk, made: Made, numbers: RowNumbers
 ) -> None:
     """Say which rows were left out. Raises DataError for too many, or refused ones."""
     allowed = source.source.max_bad_rows - state.bad_rows
     if not made.bad and not made.refused:
         return
-    before = lines.before(chunk)
+    before = numbers.before(chunk)
 
     def where(number: int) -> str:
         return rows.place_of(made.place, before + number if number else 0)

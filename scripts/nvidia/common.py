@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,8 +248,8 @@ def readable(folder: Path, work: Path, once: Once | None = None) -> Path:
     """A model folder whose config.json the installed Transformers can read.
 
     Newer releases name NemotronH's layers otherwise. `once` has one process do a thing
-    for all, by default the first of the process group. Raises UserError where this is
-    not what is wrong with it.
+    for all, by default the first of the process group. Raises RecipeError where there
+    is no config.json to read.
     """
     from transformers import AutoConfig
 
@@ -256,11 +257,10 @@ def readable(folder: Path, work: Path, once: Once | None = None) -> Path:
     released = serving.as_released(config)
     if released is config:
         return folder
-    try:
+    with suppress(Exception):  # each release raises another
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return folder
-    except Exception:  # each release raises another
-        copy = work / "parent"
+    copy = work / "parent"
 
     def write() -> None:
         shutil.rmtree(copy, ignore_errors=True)
